@@ -1,0 +1,216 @@
+"""Python face of the native ops: loading, shapes for torch.compile, and a pure-torch reference of each.
+
+All ops live in the namespace ``sliderquant`` and have one schema on every device. Without the native library
+the references are registered under the same names, so callers never ask which of the two runs.
+
+Tensors at this boundary (M tokens, N output channels, K input channels, G groups):
+    x        bf16 or fp16 [M, K], unit stride along K
+    w_packed codes in kernel layout, from ``repack``; opaque but for its size
+    scale    fp32 [G, N], zero uint8 [G, N] (None when symmetric): transposed against the checkpoint, so that
+             neighbouring output channels of one group are neighbours in memory
+    bias     fp32 [N] or None
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from sliderquant_vllm.format import unpack_codes
+
+logger = logging.getLogger(__name__)
+
+SCHEMAS = {
+    "wna16_gemm": "(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
+    "int group_size) -> Tensor",
+    "quantize_per_token": "(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)",
+    "w4a4_gemm": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, "
+    "Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
+}
+
+_library: torch.library.Library | None = None
+_reference_keys: set[str] = set()
+
+
+def load() -> None:
+    """Make ``torch.ops.sliderquant`` available; idempotent. ``SLIDERQUANT_NATIVE=0``: references."""
+    global _library
+    if _library is not None:
+        return
+    native = next(Path(__file__).parent.glob("_C*.so"), None)
+    if native is not None and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
+        torch.ops.load_library(str(native))
+        _library = torch.library.Library("sliderquant", "FRAGMENT")
+    else:
+        _library = torch.library.Library("sliderquant", "DEF")
+        for name, schema in SCHEMAS.items():
+            _library.define(name + schema)
+    references = {
+        "wna16_gemm": wna16_gemm_reference,
+        "quantize_per_token": quantize_per_token_reference,
+        "w4a4_gemm": w4a4_gemm_reference,
+    }
+    for key in ("CPU", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key("sliderquant::wna16_gemm", key):
+            continue
+        _reference_keys.add(key)
+        for name, reference in references.items():
+            _library.impl(name, reference, key)
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"sliderquant::{name}", fake, lib=_library)
+
+
+def is_native(device: torch.device | str) -> bool:
+    """Whether native kernels serve tensors of this device; warns once per device type where they do not."""
+    load()
+    key = torch.device(device).type.upper()
+    if key in _reference_keys:
+        _warn_reference(key)
+    return key not in _reference_keys
+
+
+@functools.cache
+def _warn_reference(key: str) -> None:
+    logger.warning(
+        "sliderquant: no native %s kernels in this installation, the slow pure-torch reference serves "
+        "instead; build them with 'pip install --no-build-isolation -e .' in the source tree%s",
+        key,
+        " on a machine with nvcc" if key == "CUDA" else "",
+    )
+
+
+@functools.cache
+def host():
+    """The native helper module for repacking and CPU-feature probing."""
+    return importlib.import_module("sliderquant_vllm._host")
+
+
+def repack(weight_packed: torch.Tensor, bits: int, activation_bits: int = 16) -> torch.Tensor:
+    """Turn checkpoint packing into the layout that the kernels of the tensor's device read.
+
+    Args:
+        weight_packed: int32 [N, K * bits / 32].
+        bits: bits per code.
+        activation_bits: 16 for ``wna16_gemm``, less for ``w4a4_gemm``.
+
+    Returns:
+        An opaque tensor on the same device. The references, and CUDA so far, read checkpoint packing itself.
+    """
+    if not is_native(weight_packed.device) or weight_packed.device.type != "cpu":
+        return weight_packed.contiguous()
+    out_features, words = weight_packed.shape
+    repacked = host().repack(
+        weight_packed.contiguous().numpy(), out_features, words * 32 // bits, bits, activation_bits
+    )
+    return torch.from_numpy(repacked)
+
+
+def column_sums(weight_packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """``sum_k code[n, k]`` of checkpoint packing: int32 [N]."""
+    return unpack_codes(weight_packed, bits).sum(1, dtype=torch.int32)
+
+
+def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
+    """``x @ dequantize(w).T + bias``: [M, N] in the dtype of x, accumulated in fp32."""
+    return torch.ops.sliderquant.wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size)
+
+
+def quantize_per_token(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+    """Dynamic quantization of each row over its own range, which always includes 0.
+
+    Computed in fp32, bit for bit the same everywhere: asymmetric ``scale = (max - min) / (2**bits - 1)``,
+    ``zero = rint(-min / scale)``; symmetric ``scale = max|x| / (2**(bits-1) - 1)``, ``zero = 2**(bits-1)``;
+    ``code = clamp(rint(x / scale) + zero, 0, 2**bits - 1)``. A row of zeros gets scale 1.
+
+    Returns:
+        codes uint8 [M, K], scale fp32 [M], zero int32 [M], row_sum int32 [M] (the sum of the row's codes).
+    """
+    return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric)
+
+
+def w4a4_gemm(
+    codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
+) -> torch.Tensor:
+    """Integer matrix product of quantized activations and weights of any width (W4A4, W4A8, W8A8, ...).
+
+    ``y = sa * sw * (sum_k a*w - za * col_sum - zw * row_sum + K * za * zw) + bias``, the bracket exact in
+    integers.
+
+    Args:
+        codes, sa, za, row_sum: as ``quantize_per_token`` returns them.
+        w_packed: from ``repack`` with ``activation_bits`` of 8 or less.
+        sw: fp32 [N]; zw: uint8 [N] or None when symmetric; col_sum: int32 [N] from ``column_sums``.
+
+    Returns:
+        [M, N] of out_dtype.
+    """
+    return torch.ops.sliderquant.w4a4_gemm(
+        codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype
+    )
+
+
+def wna16_gemm_reference(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
+    codes = unpack_codes(w_packed, bits).to(torch.float32).unflatten(1, (scale.shape[0], -1))
+    zero_point = 2 ** (bits - 1) if zero is None else zero.T.to(torch.float32).unsqueeze(-1)
+    weight = ((codes - zero_point) * scale.T.unsqueeze(-1)).flatten(1)
+    y = x.to(torch.float32) @ weight.T
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def quantize_per_token_reference(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+    x = x.to(torch.float32)
+    max_code = 2**bits - 1
+    if symmetric:
+        scale = x.abs().amax(1) / (2 ** (bits - 1) - 1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+        scale = (high - low) / max_code
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.round(-low / scale)
+    codes = (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, max_code)
+    return codes.to(torch.uint8), scale, zero.to(torch.int32), codes.sum(1).to(torch.int32)
+
+
+def w4a4_gemm_reference(
+    codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
+) -> torch.Tensor:
+    weight = unpack_codes(w_packed, weight_bits)
+    # Every product and partial sum stays below 2**53, so float64 adds integers exactly and at BLAS speed.
+    a, za, row_sum = codes.double(), za.double()[:, None], row_sum.double()[:, None]
+    zw = torch.full_like(sw, 2 ** (weight_bits - 1)).double() if zw is None else zw.double()
+    exact = a @ weight.double().T - za * col_sum.double() - zw * row_sum + codes.shape[1] * za * zw
+    y = exact.float() * (sa[:, None] * sw)
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+def _fake_wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size):
+    return x.new_empty(x.shape[0], scale.shape[1])
+
+
+def _fake_quantize_per_token(x, bits, symmetric):
+    rows = x.shape[0]
+    integers = functools.partial(x.new_empty, rows, dtype=torch.int32)
+    return (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(rows, dtype=torch.float32),
+        integers(),
+        integers(),
+    )
+
+
+def _fake_w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype):
+    return sw.new_empty(codes.shape[0], sw.shape[0], dtype=out_dtype)
+
+
+_FAKES = {
+    "wna16_gemm": _fake_wna16_gemm,
+    "quantize_per_token": _fake_quantize_per_token,
+    "w4a4_gemm": _fake_w4a4_gemm,
+}
