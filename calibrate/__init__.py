@@ -1,0 +1,1 @@
+"""Offline calibration: turn a Hugging Face LLM into a SliderQuant checkpoint. Never imports vLLM."""

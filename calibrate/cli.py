@@ -1,0 +1,238 @@
+"""Command line: arguments -> Recipe -> calibrated checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from calibrate.errors import UserError
+from calibrate.recipe import METHODS, STAGE_ORDERS, Recipe, parse_scheme
+from sliderquant_vllm.checkpoint import check_replaceable
+from sliderquant_vllm.format import GROUP_SIZES, FormatError
+
+SHORT_SCHEMES = ("W4A4", "W4A16", "W3A16", "W2A16")
+EXIT_USAGE = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # Where the default depends on the scheme it is None here and filled in by `recipe_from`.
+    parser = _Parser(
+        prog="python -m calibrate",
+        description="Quantize a Hugging Face LLM with SliderQuant into a checkpoint that vLLM serves.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    switch = argparse.BooleanOptionalAction
+    defaults = Recipe.__dataclass_fields__
+    parser.add_argument("--model", required=True, help="directory, hub id, or a short name such as llama3-8b")
+    parser.add_argument("--output-dir", type=Path, default=Path("quantized"), help="checkpoint to write")
+    parser.add_argument("--overwrite", action=switch, default=False, help="replace an existing checkpoint")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, help="GB per shard")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+    scheme = parser.add_argument_group("scheme")
+    choice = scheme.add_mutually_exclusive_group()
+    choice.add_argument("--scheme", help="weight and activation bits, such as W4A16, W2A16, W4A4, W8A8")
+    for name in SHORT_SCHEMES:
+        choice.add_argument(
+            f"--{name.lower()}", dest="scheme", action="store_const", const=name, help=f"--scheme {name}"
+        )
+    scheme.add_argument("--group-size", type=int, default=-1, help=f"one of {GROUP_SIZES}; -1 is per channel")
+    scheme.add_argument("--symmetric", action=switch, default=False, help="symmetric weights")
+    scheme.add_argument("--ignore", nargs="+", default=[], help="linears kept in 16 bits: names or re: patterns")
+
+    data = parser.add_argument_group("calibration data")
+    data.add_argument("--dataset", default=defaults["dataset"].default, help="text file, directory, glob or hub id")
+    data.add_argument("--nsamples", type=int, default=defaults["nsamples"].default, help="samples")
+    data.add_argument("--seqlen", type=int, default=defaults["seqlen"].default, help="tokens per sample")
+    data.add_argument("--eval-dataset", help="text to measure perplexity on, before and after")
+    data.add_argument("--seed", type=int, default=defaults["seed"].default, help="seed of everything random")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", default=defaults["method"].default, help=f"one of {', '.join(METHODS)}")
+    method.add_argument("--epochs", type=int, help="passes over the samples per window (20; 60 at 2 bits)")
+    method.add_argument("--batch-size", type=int, default=defaults["batch_size"].default, help="samples per step")
+    method.add_argument("--rotate", action=switch, help="rotate the model first (on with quantized activations)")
+    method.add_argument("--learn-scale", action=switch, help="channel scaling (on with quantized activations)")
+    method.add_argument("--learn-clip", action=switch, default=True, help="learnable weight clipping")
+    method.add_argument("--lora-rank", type=int, default=defaults["lora_rank"].default, help="0 is off")
+    method.add_argument("--lr-scale", type=float, default=defaults["lr_scale"].default, help="learning rate")
+    method.add_argument("--lr-lora", type=float, help="learning rate (1e-4; 5e-4 at 2 bits)")
+    method.add_argument("--lr-clip", type=float, default=defaults["lr_clip"].default, help="learning rate")
+    method.add_argument("--shallow", type=int, default=defaults["shallow"].default, help="blocks of the shallow part")
+    method.add_argument("--deep", type=int, default=defaults["deep"].default, help="blocks of the deep part")
+    method.add_argument("--window", type=int, default=defaults["window"].default, help="blocks per window between")
+    method.add_argument("--stride", type=int, default=defaults["stride"].default, help="blocks from window to window")
+    method.add_argument("--stages", type=float, nargs="+", default=[0.5, 1.0], help="ratios of quantized channels")
+    method.add_argument("--stage-order", default="outer", help=f"one of {', '.join(STAGE_ORDERS)}")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; ``--group_size`` and ``--group-size`` are the same flag."""
+    normal = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        normal.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return build_parser().parse_args(normal)
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments describe; what was left open follows the scheme."""
+    if arguments.scheme is None:
+        raise UserError(f"--scheme: expected one, such as --w4a4 or --scheme W4A16; also {', '.join(SHORT_SCHEMES)}")
+    weights, activations = parse_scheme(arguments.scheme, arguments.group_size, arguments.symmetric)
+    two_bits = weights.bits == 2
+    given = vars(arguments)
+    # A 2-bit grid is so coarse that the published settings train longer and harder there.
+    by_scheme = {
+        "rotate": activations is not None,
+        "learn_scale": activations is not None,
+        "epochs": 60 if two_bits else 20,
+        "lr_lora": 5e-4 if two_bits else 1e-4,
+    }
+    if arguments.method == "rtn":
+        by_scheme |= {"rotate": False, "learn_scale": False}
+    chosen = {
+        name: by_scheme[name] if given[name] is None else given[name]
+        for name in Recipe.__dataclass_fields__
+        if name in given
+    }
+    return Recipe(
+        **chosen
+        | {
+            "weights": weights,
+            "activations": activations,
+            "stages": tuple(arguments.stages),
+            "ignore": ("lm_head", *arguments.ignore),
+        }
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipe_from(arguments)
+    check_replaceable(arguments.output_dir.resolve(), arguments.overwrite)
+
+    # Only now: importing torch and transformers takes seconds, and an error in the arguments should not.
+    import huggingface_hub
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from calibrate.data import calibration_samples, fingerprint, token_stream
+    from calibrate.evaluate import perplexity
+    from calibrate.export import export
+    from calibrate.model import Model, resolve_model
+    from calibrate.pipeline import calibrate
+    from calibrate.report import TerminalProgress
+
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    console = Console(stderr=True)
+    started = time.monotonic()
+    device = _device(arguments.device)
+    model = Model(resolve_model(arguments.model), recipe, device)
+    model.check_schemes()
+    samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
+    evaluation = None
+    calibration = {
+        "model": str(model.directory.resolve()) if Path(arguments.model).is_dir() else arguments.model,
+        "recipe": recipe.to_dict(),
+        "data_sha256": fingerprint(samples),
+        "versions": {
+            "sliderquant-vllm": _version("sliderquant-vllm"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    if arguments.eval_dataset:
+        evaluation = token_stream(model.tokenizer, arguments.eval_dataset)
+        full_precision = perplexity(model, evaluation, recipe.seqlen)
+    console.print(
+        f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
+        f"{recipe.nsamples} x {recipe.seqlen} tokens, on {device}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
+        calibrated = calibrate(model, samples, progress)
+    if evaluation is not None:
+        calibration["perplexity"] = {
+            "dataset": arguments.eval_dataset,
+            "seqlen": recipe.seqlen,
+            "16-bit": full_precision,
+            "quantized": perplexity(model, evaluation, recipe.seqlen, calibrated),
+        }
+        found = calibration["perplexity"]
+        console.print(
+            f"perplexity: 16-bit {found['16-bit']:.3f}, quantized {found['quantized']:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    with console.status("writing and checking") as status:
+        export(
+            model,
+            calibrated,
+            arguments.output_dir,
+            arguments.overwrite,
+            calibration,
+            int(arguments.max_shard_size * 1e9),
+            lambda done: status.update(f"writing block {done}/{model.blocks}"),
+        )
+    console.print(
+        f"wrote and checked {arguments.output_dir} in {time.monotonic() - started:.0f} s; "
+        f"serve it with: vllm serve {arguments.output_dir} --quantization sliderquant",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for anything a person can mend, 130 when interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # As an exception a termination request unwinds through the clean-up of half-written output.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        run(parse_arguments(sys.argv[1:] if argv is None else argv))
+    except (UserError, FormatError, FileExistsError) as error:
+        print(f"calibrate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"calibrate: error: {error}; free some space or choose another --output_dir", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("calibrate: interrupted; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

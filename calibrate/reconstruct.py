@@ -1,0 +1,112 @@
+"""Optimise the blocks of one window against the 16-bit trajectory (SliderQuant section "optimisation")."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibrate.blocks import CalibrationBlock
+from calibrate.errors import UserError
+from calibrate.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """Mean squared error at the window's output, averaged over the first and over the last epoch."""
+
+    first_loss: float
+    last_loss: float
+
+
+def reconstruct(
+    blocks: list[CalibrationBlock],
+    inputs: Tensor,
+    targets: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    ratio: float,
+    epochs: int,
+    seed: int,
+    on_step: Callable[[float], None],
+) -> WindowResult:
+    """Tune the learned parameters of a window's blocks in place.
+
+    Args:
+        blocks: the window, first block first.
+        inputs: [nsamples, seqlen, hidden] as the blocks quantized so far produce them.
+        targets: [nsamples, seqlen, hidden] of the 16-bit model behind the window's last block.
+        ratio: share of input channels that is quantized.
+        on_step: called with the loss of every step.
+
+    Raises:
+        UserError: the loss stays non-finite however small the learning rate.
+    """
+    start = [block.learned_state() for block in blocks]
+    for attempt in range(RETRIES + 1):
+        factor = 0.1**attempt
+        result = _optimise(blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step)
+        if result is not None:
+            return result
+        for block, state in zip(blocks, start, strict=True):
+            block.load_learned(state)
+        if attempt < RETRIES:
+            logger.warning(
+                "the loss became non-finite; starting the window again with %g of the learning rates",
+                factor / 10,
+            )
+    raise UserError(
+        f"blocks {blocks[0].name} to {blocks[-1].name}: the loss stays non-finite at {factor:g} of the learning rates; "
+        "lower --lr_scale, --lr_lora and --lr_clip, or check the calibration text"
+    )
+
+
+def _optimise(
+    blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
+) -> WindowResult | None:
+    groups = parameter_groups(blocks, recipe, factor)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    batches = -(-len(inputs) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (epochs * batches))
+    generator = torch.Generator().manual_seed(seed)
+    epoch_losses = []
+    for _ in range(epochs):
+        losses = []
+        for batch in torch.randperm(len(inputs), generator=generator).split(recipe.batch_size):
+            hidden = inputs[batch]
+            for block in blocks:
+                block.prepare(ratio)
+                hidden = block(hidden, position_embeddings)
+            loss = functional.mse_loss(hidden, targets[batch])
+            losses.append(loss.item())
+            if not torch.isfinite(loss):
+                return None
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step(losses[-1])
+        epoch_losses.append(sum(losses) / len(losses))
+    if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
+        return None
+    return WindowResult(epoch_losses[0], epoch_losses[-1])
+
+
+def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: float) -> list[dict]:
+    """Learned parameters by learning rate, each already multiplied by the batch size."""
+    rates = {"scales": recipe.lr_scale, "lora": recipe.lr_lora, "clip": recipe.lr_clip}
+    groups: dict[str, list] = {kind: [] for kind in rates}
+    for block in blocks:
+        for name, value in block.learned():
+            groups[next(kind for kind in rates if kind in name)].append(value)
+    return [
+        {"params": values, "lr": rates[kind] * recipe.batch_size * factor} for kind, values in groups.items() if values
+    ]

@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from calibrate.cli import main, parse_arguments, recipe_from
+from calibrate.evaluate import perplexity
+from calibrate.export import check
+from calibrate.model import Model
+from calibrate.pipeline import Calibrated
+from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
+from sliderquant_vllm.format import FormatError, LinearScheme, dequantize, unpack_linear
+from sliderquant_vllm.shards import INDEX_FILE, Reader
+from tests.calibrate.models import write_random_model
+from tests.helpers import TINY_LLAMA
+
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--epochs", "2", "--shallow", "1", "--deep", "1"]
+
+
+def recipe(*argv):
+    return recipe_from(parse_arguments(["--model", "x", *argv]))
+
+
+def test_short_forms_and_both_spellings_are_the_same():
+    assert recipe("--w4a4") == recipe("--scheme", "w4a4")
+    assert recipe("--w4a16", "--group_size", "128") == recipe("--w4a16", "--group-size=128")
+    assert recipe("--w4a16", "--no_learn_clip") == recipe("--w4a16", "--no-learn-clip")
+
+
+def test_defaults_follow_the_scheme():
+    w4a4, w2a16 = recipe("--w4a4"), recipe("--w2a16")
+    assert w4a4.rotate and w4a4.learn_scale and w4a4.epochs == 20
+    assert not w2a16.rotate and not w2a16.learn_scale and w2a16.epochs == 60
+    assert not recipe("--w4a4", "--no-rotate").rotate
+    assert not recipe("--w4a4", "--method", "rtn").rotate
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A16", "W3A16", "W2A16", "W8A8"])
+def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
+    output = tmp_path / "out"
+    argv = [
+        "--model",
+        str(TINY_LLAMA),
+        "--scheme",
+        scheme,
+        "--dataset",
+        str(text_file),
+        "--output_dir",
+        str(output),
+    ]
+    assert main([*argv, *SMALL, "--max-shard-size", "0.001", "--eval-dataset", __file__]) == 0
+    validate_checkpoint(output, data=True)
+    raw, config = read_config(output)
+    assert config.calibration["model"] == str(TINY_LLAMA)
+    assert len(list(output.glob("*.safetensors"))) > 1
+    for name in ("tokenizer.json", "generation_config.json", "README.md"):
+        assert (output / name).is_file()
+    assert str(TINY_LLAMA) in (output / "README.md").read_text()
+
+    # The checkpoint, dequantized and run as a plain model, is as good as calibration said.
+    reader = Reader(output)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    tensors = {}
+    for module, parts in reader.modules().items():
+        if "weight_packed" in parts:
+            part = {suffix: reader.tensor(f"{module}.{suffix}") for suffix in parts}
+            linear: LinearScheme = config.scheme_for(module)
+            codes, scale, zero = unpack_linear(part, linear.weights)
+            tensors[f"{module}.weight"] = dequantize(codes, scale.float(), zero, linear.weights)
+        else:
+            tensors |= {f"{module}.{suffix}": reader.tensor(f"{module}.{suffix}").float() for suffix in parts}
+    if config.activations is None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, plain / "model.safetensors")
+        del raw["quantization_config"]
+        (plain / "config.json").write_text(json.dumps(raw))
+        (plain / "tokenizer.json").write_bytes((output / "tokenizer.json").read_bytes())
+        (plain / "tokenizer_config.json").write_bytes((output / "tokenizer_config.json").read_bytes())
+        model = Model(plain, recipe_from(parse_arguments(argv)), torch.device("cpu"))
+        from calibrate.data import token_stream
+
+        found = perplexity(model, token_stream(model.tokenizer, __file__), 32)
+        assert found == pytest.approx(config.calibration["perplexity"]["quantized"], rel=2e-3)
+
+
+def test_the_final_check_notices_one_wrong_code(tmp_path, text_file):
+    output = tmp_path / "out"
+    argv = ["--model", str(TINY_LLAMA), "--w4a16", "--method", "rtn", "--dataset", str(text_file)]
+    assert main([*argv, *SMALL, "--output-dir", str(output)]) == 0
+    model = Model(TINY_LLAMA, recipe_from(parse_arguments(argv)), torch.device("cpu"))
+    check(model, Calibrated(), output)
+    shard = next(output.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start = header["model.layers.5.mlp.up_proj.weight_packed"]["data_offsets"][0]
+    data[8 + int.from_bytes(data[:8], "little") + start] ^= 1
+    shard.write_bytes(data)
+    index = json.loads((output / INDEX_FILE).read_text())
+    del index["metadata"]["sha256"]
+    (output / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="layers.5.mlp.up_proj: read back, its weights differ"):
+        check(model, Calibrated(), output)
+
+
+def test_a_rotated_model_with_tied_embeddings_is_untied(tmp_path, text_file):
+    source = write_random_model(tmp_path / "model", "llama", vocab_size=2048, tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((TINY_LLAMA / name).read_bytes())
+    for flag, tied in (("--rotate", False), ("--no-rotate", True)):
+        output = tmp_path / flag
+        argv = [
+            "--model",
+            str(source),
+            "--w8a8",
+            flag,
+            "--dataset",
+            str(text_file),
+            "--output-dir",
+            str(output),
+        ]
+        argv[2:3] = ["--scheme", "W8A8"]
+        assert main([*argv, *SMALL]) == 0
+        raw, _ = read_config(output)
+        assert raw["tie_word_embeddings"] is tied
+        assert ("lm_head.weight" in Reader(output).headers) is not tied
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "{tmp}/nowhere", "--w4a4"], "nowhere: no such directory"),
+        (["--model", "{tmp}", "--w4a4"], "without config.json"),
+        (["--w4a4"], "--model"),
+        (["--model", "{tiny}"], "--scheme: expected one"),
+        (["--model", "{tiny}", "--scheme", "W5A16"], "found 'W5A16'"),
+        (["--model", "{tiny}", "--w4a4", "--scheme", "W4A16"], "not allowed with"),
+        (["--model", "{tiny}", "--w4a16", "--group_size", "48"], "--group_size: expected one of"),
+        (["--model", "{tiny}", "--w4a16", "--nsamples", "many"], "invalid int value"),
+        (["--model", "{tiny}", "--w4a16", "--dataset", "{tmp}/empty.txt"], "no text in it"),
+        (["--model", "{tiny}", "--w4a16", "--dataset", "{text}", "--nsamples", "999"], "at least 999 x 2048"),
+        (["--model", "{tiny}", "--w4a16", "--output-dir", "{tmp}"], "is not a model directory|--overwrite"),
+        (["--model", "{tiny}", "--w4a16", "--device", "abacus"], "--device abacus: not usable here"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, text_file, argv, words, capsys):
+    import re
+
+    (tmp_path / "empty.txt").write_text("\n")
+    output = tmp_path / "out"
+    known = {"tmp": tmp_path, "tiny": TINY_LLAMA, "text": text_file}
+    argv = [argument.format(**known) for argument in argv]
+    if "--output-dir" not in argv:
+        argv += ["--output-dir", str(output)]
+    before = sorted(tmp_path.iterdir())
+    assert main(argv) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and message.startswith("calibrate: error: ")
+    assert re.search(words, message), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path, text_file, capsys):
+    output = tmp_path / "out"
+    argv = ["--model", str(TINY_LLAMA), "--w4a16", "--method", "rtn", "--dataset", str(text_file), *SMALL]
+    argv += ["--output-dir", str(output)]
+    assert main(argv) == 0
+    assert main(argv) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert main([*argv, "--overwrite", "--symmetric"]) == 0
+    assert read_config(output)[1].weights.symmetric
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_nothing_half_written(tmp_path, text_file, how):
+    argv = [
+        "--model",
+        str(TINY_LLAMA),
+        "--w4a16",
+        "--dataset",
+        str(text_file),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "calibrate", *argv, "--nsamples", "4", "--seqlen", "32", "--epochs", "500"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for line in run.stderr:
+        if "12 blocks" in line:
+            break
+    time.sleep(0.5)
+    run.send_signal(how)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + how
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
