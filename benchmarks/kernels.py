@@ -1,0 +1,175 @@
+"""Times our CPU kernels against those that vLLM and torch serve, all in one process, and prints one table per shape.
+
+    python -m benchmarks.kernels --shapes 4096x4096 --m 1 16 256 --threads 1 2
+
+Weights rotate through more copies than the caches hold, contenders take turns, and each time is a median. Activation
+quantization counts where an op needs it. The error of an op is that against the float64 product of the weights that
+it stands for, so it holds what the op adds, and not what quantizing the weights lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GIGA = 1e9
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[(4096, 4096), (28672, 4096), (4096, 14336)])
+    parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="tokens")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=21, help="calls that a median is taken of")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--cpu", action="store_true", help="compare on the CPU although there is a GPU")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        n, k = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NxK such as 4096x14336, found {text!r}") from None
+    if n % 32 or k % 128:
+        raise argparse.ArgumentTypeError(f"{text}: the peers need N a multiple of 32 and K of 128")
+    return n, k
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.worker:
+        args.json.write_text(json.dumps(measure(args)))
+        return
+    if Path("/dev/nvidia0").exists() and not args.cpu:
+        raise SystemExit("benchmarks.kernels compares CPU kernels; pass --cpu to do so on a machine with a GPU")
+    results = [run_worker(args, threads) for threads in args.threads]
+    for result in results:
+        show(result)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+def run_worker(args: argparse.Namespace, threads: int) -> dict:
+    """Measure in a process of its own: OpenMP runtimes settle their number of threads when they start."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "benchmarks.kernels", "--worker", "--json", file.name]
+        command += ["--shapes", *(f"{n}x{k}" for n, k in args.shapes), "--m", *map(str, args.m)]
+        command += ["--repeats", str(args.repeats), "--threads", str(threads)]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+        return json.load(file)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    import torch
+
+    from benchmarks.cpu_ops import BUILDERS, Absent, Problem
+    from sliderquant_vllm import ops
+
+    (threads,) = args.threads
+    torch.set_num_threads(threads)
+    isa = ops.host().isa() if ops.is_native("cpu") else "none: the pure-torch references"
+    result = {"threads": threads, "isa": isa, "torch": torch.__version__, "rows": [], "absent": {}}
+    for n, k in args.shapes:
+        problem, contenders = Problem(n, k, 4 * last_level_cache_bytes()), []
+        for name, build in BUILDERS.items():
+            try:
+                contenders.append(build(problem))
+            except Absent as reason:
+                result["absent"][name] = str(reason)
+        for m in args.m:
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+            bandwidth = read_bandwidth()
+            for contender, seconds in zip(contenders, time_in_turns(contenders, x, args.repeats), strict=True):
+                row = {"op": contender.name, "n": n, "k": k, "m": m, "ms": seconds * 1e3}
+                row["gb_per_s"] = contender.bytes / seconds / GIGA
+                row["read_gb_per_s"] = bandwidth
+                row["error"] = error_of(contender, x)
+                result["rows"].append(row)
+    return result
+
+
+def last_level_cache_bytes() -> int:
+    """Of the first core; 64 MB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=64 << 20)
+
+
+def read_bandwidth() -> float:
+    """GB/s at which this process reads memory that no cache holds: the best of several simple reductions."""
+    import torch
+
+    data = torch.ones(1 << 27)
+    return max(
+        data.numel() * data.element_size() / timed(reduce, data) / GIGA
+        for reduce in (torch.sum, torch.amax, lambda values: torch.dot(values, values))
+        for _ in range(3)
+    )
+
+
+def timed(function, *arguments) -> float:
+    begin = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - begin
+
+
+def time_in_turns(contenders: list, x, repeats: int) -> list[float]:
+    """Median seconds per call. Each contender's every call meets another copy of its weights."""
+    times = [[] for _ in contenders]
+    for repeat in range(-2, repeats):  # two rounds to warm up
+        for contender, found in zip(contenders, times, strict=True):
+            seconds = timed(contender.run, repeat % contender.copies, x)
+            if repeat >= 0:
+                found.append(seconds)
+    return [statistics.median(found) for found in times]
+
+
+def error_of(contender, x) -> float:
+    from benchmarks.common import relative_error
+
+    rows = x[:16]
+    exact = rows.double() @ contender.dense.T
+    return relative_error(contender.run(0, x)[:16, : exact.shape[1]], exact)
+
+
+def show(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from benchmarks.cpu_ops import BASELINE
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    rows = result["rows"]
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
+        of_shape = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        tokens = list(dict.fromkeys(row["m"] for row in of_shape))
+        found = {(row["op"], row["m"]): row for row in of_shape}
+        read = max(row["read_gb_per_s"] for row in of_shape)
+        table = Table(
+            title=f"N={n} K={k}, {result['threads']} thread(s), {result['isa']}; memory reads {read:.1f} GB/s\n"
+            "ms, times as fast as bf16, GB/s of weights",
+        )
+        for column in ("op", *(f"M={m}" for m in tokens), "error"):
+            table.add_column(column, justify="left" if column == "op" else "right")
+        for op in dict.fromkeys(row["op"] for row in of_shape):
+            cells = []
+            for m in tokens:
+                row, baseline = found[op, m], found.get((BASELINE, m))
+                ratio = f"{baseline['ms'] / row['ms']:.2f}x" if baseline else "-"
+                cells.append(f"{row['ms']:.3f} {ratio:>6} {row['gb_per_s']:5.1f}")
+            table.add_row(op, *cells, f"{max(found[op, m]['error'] for m in tokens):.1e}")
+        console.print(table)
+    for name, reason in result["absent"].items():
+        console.print(f"absent: {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+// What one call of an op is given, on every device: m tokens, n output channels, k input channels.
+#pragma once
+
+#include <cstdint>
+
+#include "numeric.h"
+
+namespace sliderquant {
+
+// y = x @ ((code - zero) * scale).T + bias
+struct Wna16 {
+  const uint16_t* x;    // [m, k], rows x_stride apart
+  Float x_type;         // kBf16 or kFp16; y has the same
+  int64_t x_stride;
+  const uint32_t* w;    // kPairs layout on CPUs, checkpoint packing on GPUs
+  const float* scale;   // [k / group, n]
+  const uint8_t* zero;  // [k / group, n], null when symmetric
+  const float* bias;    // [n] or null
+  uint16_t* y;          // [m, n]
+  int64_t m, n, k, group;
+  int bits;
+};
+
+// codes, scale, zero and row_sum of each row of x
+struct Quantize {
+  const uint16_t* x;  // [m, k], rows x_stride apart
+  Float x_type;       // kBf16 or kFp16
+  int64_t x_stride;
+  uint8_t* codes;     // [m, k]
+  float* scale;       // [m]
+  int32_t* zero;      // [m]
+  int32_t* row_sum;   // [m]
+  int64_t m, k;
+  int bits;
+  bool symmetric;
+};
+
+// y = sa * sw * (sum_k a*w - za * col_sum - zw * row_sum + k * za * zw) + bias
+struct IntegerGemm {
+  const uint8_t* codes;    // [m, k]
+  const float* sa;         // [m]
+  const int32_t* za;       // [m]
+  const int32_t* row_sum;  // [m]
+  const uint32_t* w;       // kQuads layout on CPUs, checkpoint packing on GPUs
+  const float* sw;         // [n]
+  const uint8_t* zw;       // [n], null when symmetric
+  const int32_t* col_sum;  // [n]
+  const float* bias;       // [n] or null
+  void* y;                 // [m, n] of y_type
+  Float y_type;
+  int64_t m, n, k;
+  int bits;
+};
+
+}  // namespace sliderquant

@@ -1,0 +1,70 @@
+// The CPU kernels and who runs them. No torch header here or in any kernel: plain pointers and sizes, so that a kernel
+// builds in seconds and can be tested from anything.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "../args.h"
+#include "../layout.h"
+#include "../numeric.h"
+
+namespace sliderquant::cpu {
+
+// Runs body(begin, end) over disjoint ranges that cover [0, count); the host framework's threads, or none.
+using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
+using Parallel = void (*)(int64_t count, int64_t grain, RangeBody body, void* context);
+
+template <class Body>
+void parallel_for(Parallel parallel, int64_t count, int64_t grain, const Body& body) {
+  parallel(
+      count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+struct Kernels {
+  void (*wna16)(const Wna16&, Parallel);
+  void (*quantize)(const Quantize&, Parallel);
+  void (*integer_gemm)(const IntegerGemm&, Parallel);
+};
+
+namespace portable {
+void wna16(const Wna16&, Parallel);
+void quantize(const Quantize&, Parallel);
+void integer_gemm(const IntegerGemm&, Parallel);
+}  // namespace portable
+
+namespace avx512 {
+void wna16(const Wna16&, Parallel);
+void quantize(const Quantize&, Parallel);
+void integer_gemm(const IntegerGemm&, Parallel);
+}  // namespace avx512
+
+// The kernels of the selected instruction set. Throws std::runtime_error where the request cannot be met.
+const Kernels& kernels();
+
+// 64-byte aligned scratch of a thread; contents do not survive the next call of the same thread.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<std::byte, Free> memory_;
+  size_t size_ = 0;
+};
+
+}  // namespace sliderquant::cpu

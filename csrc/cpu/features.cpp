@@ -1,0 +1,63 @@
+#include "features.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace sliderquant::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  std::vector<const char*> needs;
+};
+
+// Best first. A new instruction set is one row here, one in dispatch.cpp and its kernel files.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> table = {
+#ifdef SLIDERQUANT_X86
+      {"avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"}},
+#endif
+      {"portable", {}},
+  };
+  return table;
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, bool>> features() {
+#ifdef SLIDERQUANT_X86
+  __builtin_cpu_init();
+#define SLIDERQUANT_FEATURE(name) {name, __builtin_cpu_supports(name) != 0}
+  return {
+      SLIDERQUANT_FEATURE("avx2"),       SLIDERQUANT_FEATURE("fma"),        SLIDERQUANT_FEATURE("avx512f"),
+      SLIDERQUANT_FEATURE("avx512bw"),   SLIDERQUANT_FEATURE("avx512dq"),   SLIDERQUANT_FEATURE("avx512vl"),
+      SLIDERQUANT_FEATURE("avx512vbmi"), SLIDERQUANT_FEATURE("avx512vnni"), SLIDERQUANT_FEATURE("avx512bf16"),
+  };
+#undef SLIDERQUANT_FEATURE
+#else
+  return {};
+#endif
+}
+
+bool supports(const std::string& isa) {
+  const auto present = features();
+  const auto has = [&](const char* need) {
+    return std::any_of(present.begin(), present.end(), [&](const auto& f) { return f.first == need && f.second; });
+  };
+  return std::any_of(isas().begin(), isas().end(), [&](const Isa& row) {
+    return row.name == isa && std::all_of(row.needs.begin(), row.needs.end(), has);
+  });
+}
+
+std::string choose_isa(const char* request) {
+  std::string usable;
+  for (const Isa& row : isas()) {
+    if (!supports(row.name)) continue;
+    if (request == nullptr || *request == '\0' || request == std::string(row.name)) return row.name;
+    usable += (usable.empty() ? "" : ", ") + std::string(row.name);
+  }
+  throw std::runtime_error("SLIDERQUANT_ISA: this machine and build run one of [" + usable + "], found '" +
+                           request + "'; unset it to take the fastest");
+}
+
+}  // namespace sliderquant::cpu

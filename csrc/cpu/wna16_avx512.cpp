@@ -1,0 +1,411 @@
+// W*A16 for AVX512 (F, BW, DQ, VL) with BF16.
+//
+// Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, k input channel,
+// q pair of neighbouring k, g scale group, u independent accumulator chain.
+//
+// A code becomes the integer (code - 2^(bits-1)) in bf16, which is exact, and meets pairs of x in vdpbf16ps; the scale
+// of a group multiplies the fp32 sum, and the rest of the zero point enters through the group's sum of x. Nothing but
+// the final result is rounded to 16 bits. fp16 x is split exactly into the sum of two bf16 terms.
+//
+// Few tokens: codes go from memory through one shift and one vpermw straight into the dot product. More tokens: a chunk
+// of a panel is expanded once into L1-sized scratch and reused by all of them, and x is first packed block by block of
+// tokens, since rows that lie a power of two apart would compete for one cache set.
+#include <algorithm>
+#include <utility>
+
+#include "api.h"
+#include "avx512.h"
+
+namespace sliderquant::cpu::avx512 {
+namespace {
+
+constexpr int kChunk = 512;  // input channels per expansion: 32 * 512 * 2 bytes, two thirds of a 48 KB L1
+static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
+
+constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
+
+// A table of bf16 integers for vpermw, which takes the low five bits of each 16-bit lane as index: repeated, so that
+// bits above the code do not matter.
+template <int Bits>
+__m512i code_table() {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; ++i) {
+    const int code = i & ((1 << Bits) - 1);
+    table[i] = static_cast<uint16_t>(float_to_bits(static_cast<float>(code - (1 << (Bits - 1)))) >> 16);
+  }
+  return _mm512_load_si512(table);
+}
+
+// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels;
+// words are the period's words of the first of them.
+template <int Bits>
+struct Expand {
+  static_assert(Bits == 2 || Bits == 4, "3 and 8 bits have layouts of their own");
+  static constexpr int kPairs = 16 / Bits;
+  __m512i table = code_table<Bits>();
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
+    const __m512i v = _mm512_loadu_si512(words);
+    unroll<kPairs>([&]<int Q>() SLIDERQUANT_INLINE {
+      emit.template operator()<Q>(_mm512_permutexvar_epi16(_mm512_srli_epi16(v, Bits * Q), table));
+    });
+  }
+};
+
+template <>
+struct Expand<3> {
+  static constexpr int kPairs = 16;
+  __m512i table = code_table<3>();
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
+    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
+                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
+    unroll<kPairs - 1>([&]<int Q>() SLIDERQUANT_INLINE {
+      emit.template operator()<Q>(_mm512_permutexvar_epi16(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)), table));
+    });
+    // The sixteenth pair: one bit on top of each word. 0xEA is (a & b) | c.
+    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 14), _mm512_set1_epi16(2),
+                                                  _mm512_srli_epi16(v[0], 15), 0xEA);
+    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 13), _mm512_set1_epi16(4), two, 0xEA);
+    emit.template operator()<kPairs - 1>(_mm512_permutexvar_epi16(three, table));
+  }
+};
+
+template <>
+struct Expand<8> {
+  static constexpr int kPairs = 2;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
+    // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
+    const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(words), _mm512_set1_epi8(static_cast<char>(0x80)));
+    const auto value = [&](int byte) SLIDERQUANT_INLINE {
+      return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * byte), 24)));
+    };
+    // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
+    // a word are k = 0, 2, 1, 3.
+    emit.template operator()<0>(_mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2)));
+    emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
+  }
+};
+
+SLIDERQUANT_INLINE inline __m512 dot(__m512 sum, __m512i pair, __m512i x) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(x));
+}
+
+SLIDERQUANT_INLINE inline __m512i broadcast_pair(const uint16_t* x) {
+  int32_t pair;
+  __builtin_memcpy(&pair, x, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+
+// x in bf16 terms (one for bf16, two for fp16), and its group sums.
+struct Activations {
+  const uint16_t* rows;    // few tokens: [terms][m, k], rows row_stride apart
+  int64_t row_stride;
+  int64_t term_stride;
+  const uint32_t* blocks;  // more tokens: block after block, each [pair of k][terms][tokens of the block]
+  const float* group_sum;  // [m, groups], null when symmetric
+};
+
+// Scale and correction of one group of one half panel.
+struct GroupScale {
+  __m512 scale;
+  __m512 correction;  // scale * (2^(bits-1) - zero)
+};
+
+SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64_t n, __mmask16 mask) {
+  GroupScale result = {_mm512_maskz_loadu_ps(mask, a.scale + g * a.n + n), _mm512_setzero_ps()};
+  if (a.zero != nullptr) {
+    const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, a.zero + g * a.n + n));
+    const __m512i centred = _mm512_sub_epi32(_mm512_set1_epi32(1 << (a.bits - 1)), zero);
+    result.correction = _mm512_mul_ps(result.scale, _mm512_cvtepi32_ps(centred));
+  }
+  return result;
+}
+
+// Group g of the panel at n, or of the next panel where g runs past the last one.
+SLIDERQUANT_INLINE inline void prefetch_scale(const Wna16& a, int64_t g, int64_t n) {
+  const int64_t groups = a.k / a.group;
+  if (g >= groups) {
+    n += layout::kPanelRows;
+    g = std::min(g - groups, groups - 1);
+  }
+  if (n >= a.n) return;
+  const int64_t at = g * a.n + n;
+  _mm_prefetch(a.scale + at, _MM_HINT_T0);
+  if (a.n - n > layout::kVectorRows) _mm_prefetch(a.scale + at + layout::kVectorRows, _MM_HINT_T0);
+  if (a.zero != nullptr) _mm_prefetch(a.zero + at, _MM_HINT_T0);
+}
+
+void store_row(const Wna16& a, int64_t m, int64_t n, __m512 sum) {
+  const __mmask16 mask = tail_mask(n, a.n);
+  if (a.bias != nullptr) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, a.bias + n));
+  const __m256i y = a.x_type == Float::kBf16 ? reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum))
+                                             : _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(a.y + m * a.n + n, mask, y);
+}
+
+// A panel for Tokens <= kDirectTokens tokens.
+template <int Bits, int Terms, int Tokens>
+void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Expand<Bits>& expand) {
+  constexpr int kPairs = Expand<Bits>::kPairs;
+  // One token alone would wait for the latency of each dot product.
+  constexpr int kChains = Tokens == 1 ? std::min(4, kPairs) : Tokens == 2 ? 2 : 1;
+  const int64_t groups = a.k / a.group;
+  const int64_t periods = a.group / layout::period_codes(Bits);
+  const int64_t n0 = panel * layout::kPanelRows;
+  const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + 16, a.n)};
+  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+
+  __m512 y[Tokens][kTiles];
+  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { y[M][0] = y[M][1] = _mm512_setzero_ps(); });
+  for (int64_t g = 0; g < groups; ++g) {
+    prefetch_scale(a, g + kScalePrefetch, n0);
+    __m512 sum[Tokens][kTiles][kChains];
+    unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+      unroll<kChains>([&]<int U>() SLIDERQUANT_INLINE { sum[M][0][U] = sum[M][1][U] = _mm512_setzero_ps(); });
+    });
+    const uint16_t* x_g = x.rows + g * a.group;
+    for (int64_t p = 0; p < periods; ++p) {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+          unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
+            unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+              __m512& into = sum[M][T][Q % kChains];
+              into = dot(into, pair, broadcast_pair(x_g + Term * x.term_stride + M * x.row_stride + 2 * Q));
+            });
+          });
+        });
+      });
+      prefetch_period<Bits>(w);
+      w += layout::period_words(Bits) * layout::kPanelRows;
+      x_g += layout::period_codes(Bits);
+    }
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      const GroupScale s = load_scale(a, g, n0 + T * layout::kVectorRows, mask[T]);
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        __m512 total = sum[M][T][0];
+        unroll<kChains - 1>([&]<int U>() SLIDERQUANT_INLINE { total = _mm512_add_ps(total, sum[M][T][U + 1]); });
+        y[M][T] = _mm512_fmadd_ps(s.scale, total, y[M][T]);
+        if (a.zero != nullptr) {
+          y[M][T] = _mm512_fmadd_ps(s.correction, _mm512_set1_ps(x.group_sum[M * groups + g]), y[M][T]);
+        }
+      });
+    });
+  }
+  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE { store_row(a, M, n0 + T * layout::kVectorRows, y[M][T]); });
+  });
+}
+
+// sums[m, 32] += scale * (expanded pairs of one group's part of a chunk, [pairs, 32]) . x, for Tokens tokens whose
+// packed x is [pairs, Terms, Tokens].
+template <int Terms, int Tokens>
+void block_group(const uint32_t* expanded, int64_t pairs, const uint32_t* x, const GroupScale* s,
+                 const float* group_sum, int64_t group_sum_stride, float* sums) {
+  __m512 sum[Tokens][kTiles];
+  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { sum[M][0] = sum[M][1] = _mm512_setzero_ps(); });
+  for (int64_t q = 0; q < pairs; ++q) {
+    const __m512i w0 = _mm512_load_si512(expanded), w1 = _mm512_load_si512(expanded + layout::kVectorRows);
+    unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const __m512i pair = _mm512_set1_epi32(static_cast<int32_t>(x[Term * Tokens + M]));
+        sum[M][0] = dot(sum[M][0], w0, pair);
+        sum[M][1] = dot(sum[M][1], w1, pair);
+      });
+    });
+    expanded += layout::kPanelRows;
+    x += Terms * Tokens;
+  }
+  const GroupScale scales[kTiles] = {s[0], s[1]};  // in registers: the stores below might change s
+  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      float* into = sums + M * layout::kPanelRows + T * layout::kVectorRows;
+      __m512 total = _mm512_fmadd_ps(scales[T].scale, sum[M][T], _mm512_load_ps(into));
+      if (group_sum != nullptr) {
+        total = _mm512_fmadd_ps(scales[T].correction, _mm512_set1_ps(group_sum[M * group_sum_stride]), total);
+      }
+      _mm512_store_ps(into, total);
+    });
+  });
+}
+
+using BlockGroup = decltype(&block_group<1, 1>);
+
+template <int Terms, int... Tokens>
+BlockGroup block_group_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
+  static constexpr BlockGroup table[] = {block_group<Terms, Tokens + 1>...};
+  return table[tokens - 1];
+}
+
+// A panel for up to kSuperTokens tokens.
+template <int Bits, int Terms>
+void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Expand<Bits>& expand, uint32_t* expanded,
+                 float* sums) {
+  constexpr int kPairs = Expand<Bits>::kPairs;
+  const int64_t groups = a.k / a.group;
+  const int64_t n0 = panel * layout::kPanelRows;
+  const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + 16, a.n)};
+  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+
+  std::fill(sums, sums + a.m * layout::kPanelRows, 0.0f);
+  for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
+    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
+    uint32_t* to = expanded;
+    for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+          _mm512_store_si512(to + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+        });
+      });
+      prefetch_period<Bits>(w);
+      w += layout::period_words(Bits) * layout::kPanelRows;
+      to += kPairs * layout::kPanelRows;
+    }
+    // A group longer than the chunk (per channel) is applied in parts: the scale is the same, and only the first part
+    // carries the correction.
+    const int64_t part = std::min(a.group, chunk);
+    for (int64_t k = 0; k < chunk; k += part) {
+      const int64_t g = (k0 + k) / a.group;
+      prefetch_scale(a, g + kScalePrefetch, n0);
+      const GroupScale s[kTiles] = {load_scale(a, g, n0, mask[0]), load_scale(a, g, n0 + 16, mask[1])};
+      const bool first = (k0 + k) % a.group == 0;
+      for (int64_t block = 0; block < block_count(a.m); ++block) {
+        const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+        const float* group_sum = a.zero != nullptr && first ? x.group_sum + m * groups + g : nullptr;
+        block_group_of<Terms>(count, std::make_integer_sequence<int, kBlockTokens>{})(
+            expanded + k / 2 * layout::kPanelRows, part / 2,
+            x.blocks + (m * a.k + (k0 + k) * count) / 2 * Terms, s, group_sum, groups, sums + m * layout::kPanelRows);
+      }
+    }
+  }
+  for (int64_t m = 0; m < a.m; ++m) {
+    for (int t = 0; t < kTiles; ++t) {
+      store_row(a, m, n0 + 16 * t, _mm512_load_ps(sums + m * layout::kPanelRows + t * layout::kVectorRows));
+    }
+  }
+}
+
+template <int Bits, int Terms>
+void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
+  thread_local Scratch scratch;
+  constexpr int64_t kExpanded = kChunk / 2 * layout::kPanelRows;
+  auto* expanded = scratch.get<uint32_t>(kExpanded + kSuperTokens * layout::kPanelRows);
+  auto* sums = reinterpret_cast<float*>(expanded + kExpanded);
+  const Expand<Bits> expand;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    switch (a.m) {
+      case 1: direct_panel<Bits, Terms, 1>(a, x, panel, expand); break;
+      case 2: direct_panel<Bits, Terms, 2>(a, x, panel, expand); break;
+      case 3: direct_panel<Bits, Terms, 3>(a, x, panel, expand); break;
+      case kDirectTokens: direct_panel<Bits, Terms, kDirectTokens>(a, x, panel, expand); break;
+      default: block_panel<Bits, Terms>(a, x, panel, expand, expanded, sums);
+    }
+  }
+}
+
+// Splits a row of fp16 into two bf16 terms whose sum it is, exactly: 11 significant bits are at most 8 and the rest.
+void split_row(const uint16_t* x, int64_t k_count, uint16_t* high, uint16_t* low) {
+  for (int64_t k = 0; k < k_count; k += 16) {
+    const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k)));
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+    const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+    // Infinities and NaN stay in the first term alone: inf - inf would turn an overflow into a NaN.
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(back), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, value, back);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + k), rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + k), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest)));
+  }
+}
+
+// Packs the rows of one block of tokens, [terms][count, k], as [pair of k][terms][count].
+void pack_block(const uint16_t* const* terms, int term_count, int64_t count, int64_t row_stride, int64_t k_count,
+                uint32_t* packed) {
+  constexpr int64_t kRun = 256;  // a run of pairs of all tokens stays in L1 while it is written
+  for (int64_t q0 = 0; q0 < k_count / 2; q0 += kRun) {
+    const int64_t end = std::min(q0 + kRun, k_count / 2);
+    for (int term = 0; term < term_count; ++term) {
+      for (int64_t m = 0; m < count; ++m) {
+        const uint16_t* row = terms[term] + m * row_stride;
+        for (int64_t q = q0; q < end; ++q) {
+          __builtin_memcpy(packed + (q * term_count + term) * count + m, row + 2 * q, sizeof(uint32_t));
+        }
+      }
+    }
+  }
+}
+
+void sum_groups(const uint16_t* x, Float type, int64_t groups, int64_t group, float* sums) {
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = g * group; k < (g + 1) * group; k += 16) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      const __m512 value = type == Float::kFp16
+                               ? _mm512_cvtph_ps(half)
+                               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      sum = _mm512_add_ps(sum, value);
+    }
+    sums[g] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+using Panels = void (*)(const Wna16&, const Activations&, int64_t, int64_t);
+
+template <int Terms>
+Panels panels_of(int bits) {
+  switch (bits) {
+    case 2: return panels<2, Terms>;
+    case 3: return panels<3, Terms>;
+    case 4: return panels<4, Terms>;
+    default: return panels<8, Terms>;
+  }
+}
+
+// Up to kSuperTokens tokens.
+void super_block(const Wna16& a, Parallel parallel) {
+  thread_local Scratch split, pack, sums;
+  const int64_t groups = a.k / a.group;
+  const bool fp16 = a.x_type == Float::kFp16;
+  const int terms = fp16 ? 2 : 1;
+  Activations x = {a.x, a.x_stride, 0, nullptr, nullptr};
+  uint16_t* high = fp16 ? split.get<uint16_t>(2 * a.m * a.k) : nullptr;
+  if (fp16) x = {high, a.k, a.m * a.k, nullptr, nullptr};
+  uint32_t* blocks = a.m > kDirectTokens ? pack.get<uint32_t>(a.m * a.k / 2 * terms) : nullptr;
+  float* group_sum = a.zero != nullptr ? sums.get<float>(a.m * groups) : nullptr;
+  if (fp16 || blocks != nullptr || group_sum != nullptr) {
+    parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t m0 = block_begin(a.m, block), m1 = block_begin(a.m, block + 1);
+        for (int64_t m = m0; m < m1; ++m) {
+          const uint16_t* row = a.x + m * a.x_stride;
+          if (fp16) split_row(row, a.k, high + m * a.k, high + (a.m + m) * a.k);
+          if (group_sum != nullptr) sum_groups(row, a.x_type, groups, a.group, group_sum + m * groups);
+        }
+        if (blocks != nullptr) {
+          const uint16_t* first = x.rows + m0 * x.row_stride;
+          const uint16_t* of_terms[] = {first, first + x.term_stride};
+          pack_block(of_terms, terms, m1 - m0, x.row_stride, a.k, blocks + m0 * a.k / 2 * terms);
+        }
+      }
+    });
+  }
+  x.blocks = blocks;
+  x.group_sum = group_sum;
+  const Panels run = fp16 ? panels_of<2>(a.bits) : panels_of<1>(a.bits);
+  parallel_for(parallel, layout::panels(a.n), panel_grain(a.m, a.k),
+               [&](int64_t begin, int64_t end) { run(a, x, begin, end); });
+}
+
+}  // namespace
+
+void wna16(const Wna16& a, Parallel parallel) {
+  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
+    Wna16 part = a;
+    part.x += m0 * a.x_stride;
+    part.y += m0 * a.n;
+    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
+    super_block(part, parallel);
+  }
+}
+
+}  // namespace sliderquant::cpu::avx512

@@ -1,0 +1,320 @@
+// Op schemas, argument checks and the way to the kernels. Translates, never computes.
+//
+// Only torch's stable ABI is used, so that one binary serves every torch from 2.11 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "args.h"
+#include "cpu/api.h"
+#include "layout.h"
+#ifdef SLIDERQUANT_CUDA
+#include "cuda/launch.h"
+
+// Absent from a torch built for CPUs alone, under which this library must load too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+namespace layout = sliderquant::layout;
+using sliderquant::Float;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "sliderquant::" << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_text(const int64_t* sizes, size_t count) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < count; ++i) text << (i ? ", " : "") << sizes[i];
+  text << ']';
+  return text.str();
+}
+
+const char* dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+std::string describe(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto device = tensor.device();
+  std::ostringstream text;
+  text << dtype_text(tensor.scalar_type()) << ' ' << shape_text(sizes.data(), sizes.size()) << " on "
+       << (device.is_cuda() ? "cuda:" + std::to_string(device.index()) : device.is_cpu() ? "cpu" : "another device");
+  return text.str();
+}
+
+struct Expectation {
+  const char* op;
+  std::string context;  // the values that the expected shapes follow from
+  const Tensor& like;   // its device
+};
+
+// Contiguous, of this dtype and shape, on the same device.
+void check(const Expectation& e, const char* name, const Tensor& tensor, ScalarType type,
+           std::initializer_list<int64_t> shape) {
+  const auto sizes = tensor.sizes();
+  const bool same_shape = sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+  if (!same_shape || tensor.scalar_type() != type || tensor.device() != e.like.device()) {
+    fail(e.op, name, ": expected ", dtype_text(type), ' ', shape_text(shape.begin(), shape.size()), e.context,
+         " on the device of the input; got ", describe(tensor));
+  }
+  if (!tensor.is_contiguous()) fail(e.op, name, ": expected a contiguous tensor; call .contiguous() on it");
+}
+
+Float float_type(const char* op, const char* name, ScalarType type, bool allow_fp32) {
+  if (type == ScalarType::BFloat16) return Float::kBf16;
+  if (type == ScalarType::Half) return Float::kFp16;
+  if (type == ScalarType::Float && allow_fp32) return Float::kFp32;
+  fail(op, name, ": expected bfloat16", allow_fp32 ? ", float16 or float32" : " or float16", "; got ",
+       dtype_text(type));
+}
+
+// x [M, K] with unit stride along K.
+Float check_input(const char* op, const Tensor& x) {
+  const Float type = float_type(op, "x", x.scalar_type(), false);
+  if (x.dim() != 2) fail(op, "x: expected [M, K]; got ", describe(x));
+  if (x.size(1) > 1 && x.stride(1) != 1) fail(op, "x: expected unit stride along K; got stride ", x.stride(1));
+  return type;
+}
+
+void check_bits(const char* op, const char* name, int64_t bits) {
+  if (!layout::is_weight_bits(bits)) fail(op, name, ": expected 2, 3, 4 or 8; got ", bits);
+}
+
+void check_in_features(const char* op, int64_t k) {
+  if (k <= 0 || k % layout::kBlockCodes != 0) {
+    fail(op, "K: expected a positive multiple of ", layout::kBlockCodes, "; got ", k);
+  }
+}
+
+// Kernel layout on CPUs, where the dtype tells the layouts of the two ops apart; checkpoint packing on GPUs.
+void check_weight(const Expectation& e, const Tensor& w, int bits, int64_t n, int64_t k, bool integer) {
+  const int64_t words = layout::row_words(bits, k);
+  if (!e.like.device().is_cpu()) {
+    check(e, "w_packed", w, ScalarType::Int, {n, words});
+  } else if (integer) {
+    check(e, "w_packed", w, ScalarType::Byte, {layout::panels(n), words, 4 * layout::kPanelRows});
+  } else {
+    check(e, "w_packed", w, ScalarType::Int, {layout::panels(n), words, layout::kPanelRows});
+  }
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const Optional& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+void run_parallel(int64_t count, int64_t grain, sliderquant::cpu::RangeBody body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+#ifdef SLIDERQUANT_CUDA
+template <class Args>
+void run_cuda(const char* op, const Args& args, int device, const char* (*launch)(const Args&, int, uintptr_t)) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr) fail(op, "this torch is built without CUDA");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (const char* error = launch(args, device, reinterpret_cast<uintptr_t>(stream))) fail(op, "CUDA: ", error);
+}
+#define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel
+#else
+template <class Args>
+void run_cuda(const char* op, const Args&, int, std::nullptr_t) {
+  fail(op, "this library is built without CUDA kernels; build it again where nvcc is installed");
+}
+#define SLIDERQUANT_LAUNCH(kernel) nullptr
+#endif
+
+Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, const Optional& zero,
+                  const Optional& bias, int64_t bits, int64_t group_size) {
+  const char* op = "wna16_gemm";
+  const Float type = check_input(op, x);
+  check_bits(op, "bits", bits);
+  if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
+    fail(op, "group_size: expected -1, 32, 64 or 128; got ", group_size);
+  }
+  const int64_t m = x.size(0), k = x.size(1);
+  check_in_features(op, k);
+  if (group_size != -1 && k % group_size != 0) fail(op, "group_size: ", group_size, " does not divide K=", k);
+  if (scale.dim() != 2) fail(op, "scale: expected float32 [G, N]; got ", describe(scale));
+  const int64_t group = group_size == -1 ? k : group_size, groups = k / group, n = scale.size(1);
+  const Expectation e = {op,
+                         " for bits=" + std::to_string(bits) + ", group_size=" + std::to_string(group_size) +
+                             ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
+                         x};
+  check(e, "scale", scale, ScalarType::Float, {groups, n});
+  check_weight(e, w_packed, static_cast<int>(bits), n, k, false);
+  if (zero.has_value()) check(e, "zero", *zero, ScalarType::Byte, {groups, n});
+  if (bias.has_value()) check(e, "bias", *bias, ScalarType::Float, {n});
+
+  const Tensor y = torch::stable::new_empty(x, {m, n});
+  if (m == 0 || n == 0) return y;
+  const sliderquant::Wna16 args = {
+      .x = data<uint16_t>(x),
+      .x_type = type,
+      .x_stride = x.stride(0),
+      .w = data<uint32_t>(w_packed),
+      .scale = data<float>(scale),
+      .zero = data<uint8_t>(zero),
+      .bias = data<float>(bias),
+      .y = static_cast<uint16_t*>(y.mutable_data_ptr()),
+      .m = m,
+      .n = n,
+      .k = k,
+      .group = group,
+      .bits = static_cast<int>(bits),
+  };
+  if (x.device().is_cpu()) {
+    sliderquant::cpu::kernels().wna16(args, run_parallel);
+  } else {
+    run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(wna16));
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, bool symmetric) {
+  const char* op = "quantize_per_token";
+  const Float type = check_input(op, x);
+  if (bits < 2 || bits > 8) fail(op, "bits: expected 2 to 8; got ", bits);
+  const int64_t m = x.size(0), k = x.size(1);
+  if (k <= 0) fail(op, "x: expected at least one column; got ", describe(x));
+  const Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Byte);
+  const Tensor scale = torch::stable::new_empty(x, {m}, ScalarType::Float);
+  const Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
+  const Tensor row_sum = torch::stable::new_empty(x, {m}, ScalarType::Int);
+  if (m > 0) {
+    const sliderquant::Quantize args = {
+        .x = data<uint16_t>(x),
+        .x_type = type,
+        .x_stride = x.stride(0),
+        .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
+        .scale = static_cast<float*>(scale.mutable_data_ptr()),
+        .zero = static_cast<int32_t*>(zero.mutable_data_ptr()),
+        .row_sum = static_cast<int32_t*>(row_sum.mutable_data_ptr()),
+        .m = m,
+        .k = k,
+        .bits = static_cast<int>(bits),
+        .symmetric = symmetric,
+    };
+    if (x.device().is_cpu()) {
+      sliderquant::cpu::kernels().quantize(args, run_parallel);
+    } else {
+      run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(quantize));
+    }
+  }
+  return {codes, scale, zero, row_sum};
+}
+
+Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const Tensor& row_sum,
+                 const Tensor& w_packed, const Tensor& sw, const Optional& zw, const Tensor& col_sum,
+                 const Optional& bias, int64_t weight_bits, ScalarType out_dtype) {
+  const char* op = "w4a4_gemm";
+  check_bits(op, "weight_bits", weight_bits);
+  const Float type = float_type(op, "out_dtype", out_dtype, true);
+  if (codes.dim() != 2) fail(op, "codes: expected uint8 [M, K]; got ", describe(codes));
+  const int64_t m = codes.size(0), k = codes.size(1);
+  check_in_features(op, k);
+  // Activation codes may take all 8 bits; the bracket must fit int32 whatever they are.
+  const int64_t k_limit = INT32_MAX / (255 * ((int64_t{1} << weight_bits) - 1));
+  if (k > k_limit) {
+    fail(op, "K: at most ", k_limit, " input channels keep ", weight_bits, "-bit sums within int32; got ", k);
+  }
+  if (sw.dim() != 1) fail(op, "sw: expected float32 [N]; got ", describe(sw));
+  const int64_t n = sw.size(0);
+  const Expectation e = {op,
+                         " for weight_bits=" + std::to_string(weight_bits) + ", M=" + std::to_string(m) +
+                             ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
+                         codes};
+  check(e, "codes", codes, ScalarType::Byte, {m, k});
+  check(e, "sa", sa, ScalarType::Float, {m});
+  check(e, "za", za, ScalarType::Int, {m});
+  check(e, "row_sum", row_sum, ScalarType::Int, {m});
+  check(e, "sw", sw, ScalarType::Float, {n});
+  check(e, "col_sum", col_sum, ScalarType::Int, {n});
+  check_weight(e, w_packed, static_cast<int>(weight_bits), n, k, true);
+  if (zw.has_value()) check(e, "zw", *zw, ScalarType::Byte, {n});
+  if (bias.has_value()) check(e, "bias", *bias, ScalarType::Float, {n});
+
+  const Tensor y = torch::stable::new_empty(codes, {m, n}, out_dtype);
+  if (m == 0 || n == 0) return y;
+  const sliderquant::IntegerGemm args = {
+      .codes = data<uint8_t>(codes),
+      .sa = data<float>(sa),
+      .za = data<int32_t>(za),
+      .row_sum = data<int32_t>(row_sum),
+      .w = data<uint32_t>(w_packed),
+      .sw = data<float>(sw),
+      .zw = data<uint8_t>(zw),
+      .col_sum = data<int32_t>(col_sum),
+      .bias = data<float>(bias),
+      .y = y.mutable_data_ptr(),
+      .y_type = type,
+      .m = m,
+      .n = n,
+      .k = k,
+      .bits = static_cast<int>(weight_bits),
+  };
+  if (codes.device().is_cpu()) {
+    sliderquant::cpu::kernels().integer_gemm(args, run_parallel);
+  } else {
+    run_cuda(op, args, codes.device().index(), SLIDERQUANT_LAUNCH(integer_gemm));
+  }
+  return y;
+}
+
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("wna16_gemm", TORCH_BOX(&wna16_gemm));
+  library.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+  library.impl("w4a4_gemm", TORCH_BOX(&w4a4_gemm));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(sliderquant, library) {
+  library.def(
+      "wna16_gemm(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size) "
+      "-> Tensor");
+  library.def("quantize_per_token(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
+      "Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) { implement(library); }
+
+#ifdef SLIDERQUANT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) { implement(library); }
+#endif

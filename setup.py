@@ -1,0 +1,94 @@
+"""Builds the native code through CMake; everything else about the package stands in pyproject.toml.
+
+Environment: MAX_JOBS (parallel compilations, default 2), SLIDERQUANT_CUDA (0: no CUDA kernels, 1: fail without nvcc,
+unset: where nvcc is found), SLIDERQUANT_CUDA_ARCHS (such as "80;90a", the default).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+DEFAULT_CUDA_ARCHS = "80;90a"
+
+
+def package_dir(name: str) -> Path:
+    """Directory of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            f"sliderquant-vllm: {name} is not installed in {sys.executable}, and the native code is built against it; "
+            f"install it there and build again with 'pip install --no-build-isolation -e .'"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def tool(name: str) -> str:
+    """A build tool from PATH or, in an environment that is not activated, beside the running interpreter."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SystemExit(f"sliderquant-vllm: {name} not found; install it with 'pip install {name}' and build again")
+    return found
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to build with, None for a build without CUDA kernels."""
+    request = os.environ.get("SLIDERQUANT_CUDA", "")
+    if request not in ("", "0", "1"):
+        raise SystemExit(f"SLIDERQUANT_CUDA: expected 0, 1 or nothing, found {request!r}")
+    if request == "0":
+        return None
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if found is None and (home := os.environ.get("CUDA_HOME")):
+        found = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if found is None and request == "1":
+        raise SystemExit("SLIDERQUANT_CUDA=1: nvcc not found; put it on PATH or set CUDA_HOME")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all extensions, then copies each to where setuptools expects it."""
+
+    def build_extensions(self):
+        # A fixed place, not setuptools' temporary one: a second build compiles only what changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        torch, pybind11, nvcc = package_dir("torch"), package_dir("pybind11"), find_nvcc()
+        archs = os.environ.get("SLIDERQUANT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
+        options = {
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+            "SLIDERQUANT_TORCH": torch,
+            "SLIDERQUANT_PYTHON_INCLUDES": f"{sysconfig.get_path('include')};{pybind11 / 'include'}",
+            "SLIDERQUANT_CUDA": "ON" if nvcc else "OFF",
+        }
+        if nvcc:
+            options["CMAKE_CUDA_COMPILER"] = nvcc
+            options["SLIDERQUANT_CUDA_ARCHS"] = ";".join(re.split(r"[;, ]+", archs.strip()))
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        cmake = tool("cmake")
+        subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)
+        subprocess.run([cmake, "--build", build, "-j", os.environ.get("MAX_JOBS") or "2"], check=True)
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Removed first: a process that has the old file mapped keeps it whole.
+            target.unlink(missing_ok=True)
+            shutil.copyfile(build / (extension.name.rpartition(".")[2] + ".so"), target)
+
+
+setup(
+    ext_modules=[
+        # _C is no Python module at all: its name only needs to be the same under every Python.
+        Extension("sliderquant_vllm._C", sources=[], py_limited_api=True),
+        Extension("sliderquant_vllm._host", sources=[]),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

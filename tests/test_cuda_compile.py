@@ -1,0 +1,172 @@
+"""The CUDA kernels without a GPU: their bodies run on the host, and they compile for every architecture."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sliderquant_vllm import ops
+from tests.native import LIBRARY, check_close, random_weight
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BUILT_ARCHS = ("80", "90a")
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+def find_cuobjdump() -> str | None:
+    beside = Path(NVCC).resolve().parent / "cuobjdump" if NVCC else None
+    if beside is not None and beside.exists():
+        return str(beside)
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    return str(bundled) if bundled is not None and bundled.exists() else None
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [*BUILT_ARCHS, "89", "100a", "120a"])
+def test_compiles_without_spills(arch, tmp_path):
+    for source in SOURCES:
+        command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
+        process = subprocess.run(
+            [*command, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(tmp_path / "kernels.o")],
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        report = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr
+        )
+        assert report and set(report) == {("0", "0", "0")}, process.stderr
+        assert f"for 'sm_{arch}'" in process.stderr
+
+
+@needs_nvcc
+def test_no_cuda_source_includes_torch():
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        assert not re.search(r"#include.*(torch|ATen|c10)/", path.read_text()), path
+
+
+@needs_nvcc
+def test_library_holds_every_architecture():
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not installed")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sliderquant::wna16_gemm", "CUDA"):
+        pytest.skip("this library was built without CUDA kernels")
+    listing = subprocess.run([cuobjdump, "--list-elf", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", listing)) >= set(BUILT_ARCHS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    ops.load()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine two wait for each other ten times as long
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulator") / "emulate_cuda.so"
+    source = str(ROOT / "tests" / "emulate_cuda.cpp")
+    subprocess.run(
+        ["c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library],
+        check=True,
+    )
+    return ctypes.CDLL(str(library))
+
+
+def call(function, *arguments) -> None:
+    converted = []
+    for value in arguments:
+        if value is None or isinstance(value, torch.Tensor):
+            converted.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
+        else:
+            converted.append(ctypes.c_int64(value))
+    function(*converted)
+
+
+SHAPES = ((1, 32), (48, 96), (130, 256))  # N, K
+TOKENS = (1, 7, 33)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_wna16_body_on_the_host(emulator, bits, dtype):
+    for (n, k), m, group_size, symmetric in itertools.product(SHAPES, TOKENS, (-1, 32, 128), (False, True)):
+        if k % group_size:
+            continue
+        weight = random_weight(n, k, bits, group_size, symmetric)
+        x = torch.randn(m, k + 3).to(dtype)[:, 1 : k + 1]
+        bias = None if symmetric else torch.randn(n)
+        y = torch.empty(m, n, dtype=dtype)
+        group = k if group_size == -1 else group_size
+        fp16 = int(dtype == torch.float16)
+        operands = (x, fp16, x.stride(0), weight.packed, weight.scale, weight.zero, bias, y)
+        call(emulator.emulate_wna16, *operands, m, n, k, group, bits)
+        exact = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
+        check_close(y, exact, x.double().abs() @ weight.dense.abs().T, dtype, (n, k, m, group_size))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantize_body_on_the_host(emulator, bits, symmetric):
+    for (m, k), dtype in itertools.product(((1, 5), (9, 100), (7, 640)), (torch.bfloat16, torch.float16)):
+        x = torch.randn(m, k).to(dtype)
+        x[0] = 0
+        codes, scale = torch.empty(m, k, dtype=torch.uint8), torch.empty(m)
+        zero, row_sum = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
+        fp16 = int(dtype == torch.float16)
+        outputs = (codes, scale, zero, row_sum)
+        call(emulator.emulate_quantize, x, fp16, x.stride(0), *outputs, m, k, bits, int(symmetric))
+        expected = ops.quantize_per_token_reference(x, bits, symmetric)
+        assert all(torch.equal(one, two) for one, two in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_integer_gemm_body_on_the_host(emulator, bits, symmetric):
+    for (n, k), m in itertools.product(SHAPES, TOKENS):
+        weight = random_weight(n, k, bits, -1, symmetric)
+        quantized = ops.quantize_per_token_reference(torch.randn(m, k), 4, symmetric)
+        col_sum = ops.column_sums(weight.packed, bits)
+        zw = None if symmetric else weight.zero[0].contiguous()
+        sw, y = weight.scale[0].contiguous(), torch.empty(m, n)
+        call(
+            emulator.emulate_integer_gemm,
+            *(*quantized, weight.packed, sw, zw, col_sum, None, y),
+            *(m, n, k, bits),
+        )
+        expected = ops.w4a4_gemm_reference(*quantized, weight.packed, sw, zw, col_sum, None, bits, torch.float32)
+        assert torch.equal(y, expected), (n, k, m)
+
+
+def test_float_conversions_are_torchs(emulator):
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    bf16, fp16 = torch.empty(2**16), torch.empty(2**16)
+    call(emulator.widen, halves, bf16, fp16, 2**16)
+    for found, dtype in ((bf16, torch.bfloat16), (fp16, torch.float16)):
+        assert torch.equal(found.nan_to_num(1.25), halves.view(dtype).float().nan_to_num(1.25))
+        assert torch.equal(found.isnan(), halves.view(dtype).isnan())
+    # Every 16-bit value, its neighbours in fp32, and the midpoints on which rounding turns.
+    values = torch.cat([bf16, fp16, fp16.nextafter(torch.tensor(torch.inf)), (fp16[1:] + fp16[:-1]) / 2])
+    values = torch.cat([values, (bf16[1:] + bf16[:-1]) / 2, torch.randn(10**5) * 10])
+    narrow = [torch.empty(len(values), dtype=torch.int16) for _ in range(2)]
+    call(emulator.convert, values, *narrow, len(values))
+    for found, dtype in zip(narrow, (torch.bfloat16, torch.float16), strict=True):
+        assert torch.equal(found.view(dtype).isnan(), values.isnan())
+        numbers = ~values.isnan()
+        assert torch.equal(found.view(dtype)[numbers].float(), values[numbers].to(dtype).float())
