@@ -105,19 +105,13 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
 
 def _is_plain_linear(module: str, tensors: Mapping[str, TensorHeader]) -> bool:
     """Embeddings are the only other modules with a matrix, and headers do not tell them from linears."""
-    return (
-        "weight" in tensors and len(tensors["weight"].shape) == 2 and "embed" not in module.rpartition(".")[2]
-    )
+    return "weight" in tensors and len(tensors["weight"].shape) == 2 and "embed" not in module.rpartition(".")[2]
 
 
-def _check_linear(
-    reader: Reader, module: str, tensors: Mapping[str, TensorHeader], scheme: LinearScheme
-) -> Linear:
+def _check_linear(reader: Reader, module: str, tensors: Mapping[str, TensorHeader], scheme: LinearScheme) -> Linear:
     def check(suffix: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype], because: str) -> None:
         if suffix not in tensors:
-            raise FormatError(
-                f"{module}.{suffix}: expected for {scheme}, found nothing; quantize the model again"
-            )
+            raise FormatError(f"{module}.{suffix}: expected for {scheme}, found nothing; quantize the model again")
         header = tensors[suffix]
         if header.shape != shape or header.dtype not in dtypes:
             raise FormatError(
@@ -129,13 +123,9 @@ def _check_linear(
     check("weight_shape", (2,), (torch.int64,), "[out_features, in_features]")
     out_features, in_features = sizes = reader.tensor(f"{module}.weight_shape").tolist()
     if min(sizes) <= 0:
-        raise FormatError(
-            f"{module}.weight_shape: expected positive sizes, found {sizes}; copy the checkpoint again"
-        )
+        raise FormatError(f"{module}.weight_shape: expected positive sizes, found {sizes}; copy the checkpoint again")
     if problem := scheme.weights.shape_problem(out_features, in_features):
-        raise FormatError(
-            f"{module}: cannot be {scheme}: {problem}; choose another scheme, or add it to 'ignore'"
-        )
+        raise FormatError(f"{module}: cannot be {scheme}: {problem}; choose another scheme, or add it to 'ignore'")
     expected = expected_tensors(scheme.weights, out_features, in_features)
     for suffix, (shape, dtypes) in expected.items():
         check(suffix, shape, dtypes, f"{scheme} {sizes}")
@@ -155,10 +145,7 @@ def _check_fused(config: QuantizationConfig, modules: Iterable[str], linears: Ma
         for stem in {module.rpartition(".")[0] for module in modules if module.rpartition(".")[2] in parts}:
             names = [f"{stem}.{part}" for part in parts]
             # Some families have an up_proj and no gate_proj: theirs is not fused.
-            if (
-                any(name not in modules for name in names)
-                or config.scheme_for_fused(f"{stem}.{fused}") is None
-            ):
+            if any(name not in modules for name in names) or config.scheme_for_fused(f"{stem}.{fused}") is None:
                 continue
             sizes = {name: linears[name].in_features if name in linears else None for name in names}
             if len(set(sizes.values())) > 1:
@@ -208,9 +195,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{target} exists already; choose another directory, or pass --overwrite")
     if not (target / CONFIG_FILE).is_file():
-        raise FileExistsError(
-            f"{target} is not a model directory (it has no {CONFIG_FILE}) and is not overwritten"
-        )
+        raise FileExistsError(f"{target} is not a model directory (it has no {CONFIG_FILE}) and is not overwritten")
 
 
 def _replace(staging: Path, target: Path) -> None:

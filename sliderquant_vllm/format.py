@@ -41,8 +41,7 @@ def _require_keys(where: str, found: Mapping, required: Iterable[str], optional:
         raise FormatError(f"{where}: missing field(s) {sorted(missing)}; write the checkpoint again")
     if unknown := set(found) - required - set(optional):
         raise FormatError(
-            f"{where}: unknown field(s) {sorted(unknown)}; "
-            f"this version knows {sorted(required | set(optional))}"
+            f"{where}: unknown field(s) {sorted(unknown)}; this version knows {sorted(required | set(optional))}"
         )
 
 
@@ -174,9 +173,7 @@ class QuantizationConfig:
         LinearScheme(self.weights, self.activations)
         if self.online_hadamard:
             found = list(self.online_hadamard)
-            raise FormatError(
-                f"online_hadamard: this version expects [], found {found!r}; install a newer version"
-            )
+            raise FormatError(f"online_hadamard: this version expects [], found {found!r}; install a newer version")
         for pattern in (*self.ignore, *(override.match for override in self.overrides)):
             if not isinstance(pattern, str):
                 raise FormatError(f"ignore/overrides: expected a name or a 're:' pattern, found {pattern!r}")
@@ -246,9 +243,7 @@ class QuantizationConfig:
                 return override.scheme
         return LinearScheme(self.weights, self.activations)
 
-    def scheme_for_fused(
-        self, name: str, fused: Mapping[str, Iterable[str]] = FUSED_MODULES
-    ) -> LinearScheme | None:
+    def scheme_for_fused(self, name: str, fused: Mapping[str, Iterable[str]] = FUSED_MODULES) -> LinearScheme | None:
         """The scheme of a module that may be a fused one. Raises FormatError where its parts disagree.
 
         Args:
@@ -362,9 +357,7 @@ def pack_linear(
         zero_point: [N, G] unsigned, None exactly when the scheme is symmetric.
     """
     if (zero_point is None) != scheme.symmetric:
-        raise FormatError(
-            f"pack_linear: zero_point must be None exactly for a symmetric scheme, got {scheme}"
-        )
+        raise FormatError(f"pack_linear: zero_point must be None exactly for a symmetric scheme, got {scheme}")
     tensors = {
         "weight_packed": pack_codes(codes, scheme.bits).contiguous(),
         "weight_scale": scale.contiguous(),

@@ -133,9 +133,7 @@ def quantize_per_token(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...
     return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric)
 
 
-def w4a4_gemm(
-    codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
-) -> torch.Tensor:
+def w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype) -> torch.Tensor:
     """Integer matrix product of quantized activations and weights of any width (W4A4, W4A8, W8A8, ...).
 
     ``y = sa * sw * (sum_k a*w - za * col_sum - zw * row_sum + K * za * zw) + bias``, the bracket exact in

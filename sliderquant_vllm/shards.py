@@ -63,9 +63,7 @@ class Reader:
             # An engine without an index loads every shard that it finds.
             for path in self.directory.glob("*.safetensors"):
                 if path.name != WEIGHTS_FILE:
-                    raise FormatError(
-                        f"{index_path}: missing beside {path.name}; copy it, or remove the other shards"
-                    )
+                    raise FormatError(f"{index_path}: missing beside {path.name}; copy it, or remove the other shards")
         self._shards: dict[str, Any] = {}
         self.headers: dict[str, TensorHeader] = {}
         for file in files:
@@ -84,9 +82,7 @@ class Reader:
             self._shards[file] = shard = safe_open(path, framework="pt")
             for name in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
                 if name in self.headers:
-                    raise FormatError(
-                        f"{name}: found in both {self.headers[name].file} and {file}; remove one"
-                    )
+                    raise FormatError(f"{name}: found in both {self.headers[name].file} and {file}; remove one")
                 view = shard.get_slice(name)
                 shape, dtype = tuple(view.get_shape()), view.get_dtype()
                 dtype = DTYPES.get(dtype, dtype)
@@ -129,9 +125,7 @@ class Reader:
         """Compare every shard with the SHA-256 in the index, where there is one."""
         for file, expected in self.sha256.items():
             if file not in self._shards:
-                raise FormatError(
-                    f"{INDEX_FILE}: metadata.sha256 names {file}, weight_map does not; copy it again"
-                )
+                raise FormatError(f"{INDEX_FILE}: metadata.sha256 names {file}, weight_map does not; copy it again")
             if (digest := _sha256(self.directory / file)) != expected:
                 raise FormatError(
                     f"{self.directory / file}: expected sha256 {expected}, found {digest}; the file is "
@@ -196,9 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FormatError(
-            f"{path}: cannot be read ({error.strerror}); check the path of the checkpoint"
-        ) from None
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); check the path of the checkpoint") from None
     except ValueError as error:
         raise FormatError(f"{path}: no valid JSON ({_one_line(error)}); copy or download it again") from None
     if not isinstance(content, dict):

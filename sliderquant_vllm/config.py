@@ -1,0 +1,127 @@
+"""The vLLM quantization config ``sliderquant``: which layer is quantized and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from sliderquant_vllm import format
+from sliderquant_vllm.checkpoint import Linear, validate_checkpoint
+
+# Names that the model families give to the matrices of one expert.
+EXPERT_MATRICES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
+
+
+@register_quantization_config(format.QUANT_METHOD)
+class SliderQuantConfig(QuantizationConfig):
+    """The ``quantization_config`` of a checkpoint, asked by vLLM for a method layer by layer."""
+
+    def __init__(self, checkpoint: format.QuantizationConfig):
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.linears: dict[str, Linear] = {}
+
+    def __repr__(self) -> str:
+        return f"SliderQuantConfig({self.checkpoint!r})"
+
+    def get_name(self) -> str:
+        return format.QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SliderQuantConfig:
+        return cls(format.QuantizationConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check the headers of a local checkpoint before anything is loaded. Raises FormatError.
+
+        A directory without weights is left to the loader: some load formats need none.
+        """
+        directory = Path(model_name)
+        if directory.is_dir() and any(directory.glob("*.safetensors*")):
+            self.linears = dict(validate_checkpoint(directory).linears)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Give exact names the form of the served model; ``re:`` patterns are left as they are."""
+
+        def mapped(patterns: Iterable[str]) -> list[str]:
+            return [
+                name
+                for pattern in patterns
+                for name in ([pattern] if pattern.startswith("re:") else hf_to_vllm_mapper.apply_list([pattern]))
+            ]
+
+        self.checkpoint = replace(
+            self.checkpoint,
+            ignore=tuple(mapped(self.checkpoint.ignore)),
+            overrides=tuple(
+                replace(override, match=name)
+                for override in self.checkpoint.overrides
+                for name in mapped([override.match])
+            ),
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer; None where vLLM's own 16-bit one serves (embeddings, attention).
+
+        Raises:
+            FormatError: the parts of a fused module disagree, the checkpoint is of a model of other sizes, or the
+                layer cannot be served quantized.
+        """
+        # Here, because importing the layers is slow and register() runs in every process.
+        from sliderquant_vllm import compat, linear
+
+        if isinstance(layer, compat.LinearBase):
+            scheme = self.checkpoint.scheme_for_fused(prefix, self._fused())
+            if scheme is None:
+                return compat.UnquantizedLinearMethod()
+            self._check_sizes(prefix, layer.output_size, layer.input_size)
+            return linear.SliderQuantLinearMethod(scheme, prefix)
+        if isinstance(layer, compat.ParallelLMHead) and self.checkpoint.scheme_for(prefix) is not None:
+            raise format.FormatError(
+                f"{prefix}: expected a 16-bit output layer, found {self.checkpoint.scheme_for(prefix)}; "
+                f"add {prefix!r} to 'ignore' and quantize the model again"
+            )
+        if isinstance(layer, compat.RoutedExperts) and not self._ignores_experts(prefix):
+            raise format.FormatError(
+                f"{prefix}: this version does not serve quantized mixtures of experts; "
+                "add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"
+            )
+        return None
+
+    def _fused(self) -> dict[str, Iterable[str]]:
+        return {**format.FUSED_MODULES, **self.packed_modules_mapping}
+
+    def _check_sizes(self, prefix: str, output_size: int, input_size: int) -> None:
+        stem, _, leaf = prefix.rpartition(".")
+        parts = [f"{stem}.{part}".lstrip(".") for part in self._fused().get(leaf, (leaf,))]
+        for linear in (self.linears[part] for part in parts if part in self.linears):
+            # A fused module is wider than any of its parts, and wider than their sum where heads are repeated.
+            fits = linear.out_features == output_size or (len(parts) > 1 and linear.out_features < output_size)
+            if linear.in_features != input_size or not fits:
+                raise format.FormatError(
+                    f"{prefix}: config.json describes [{output_size}, {input_size}], the checkpoint holds "
+                    f"[{linear.out_features}, {linear.in_features}]; put the config.json beside it that it came with"
+                )
+
+    def _ignores_experts(self, prefix: str) -> bool:
+        return any(
+            all(self.checkpoint.scheme_for(f"{prefix}.0.{matrix}") is None for matrix in family)
+            for family in EXPERT_MATRICES
+        )

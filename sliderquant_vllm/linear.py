@@ -1,0 +1,151 @@
+"""The vLLM linear method: loads checkpoint tensors, turns them into kernel layout, calls the kernels."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from sliderquant_vllm import ops
+from sliderquant_vllm.compat import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    LinearMethodBase,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+    register_weight_loader_v2_supported_method,
+)
+from sliderquant_vllm.format import FormatError, LinearScheme, unpack_codes
+
+CHECKPOINT_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+@register_weight_loader_v2_supported_method
+class SliderQuantLinearMethod(LinearMethodBase):
+    """One linear or fused module under one scheme: weight-only, or integer with quantized activations."""
+
+    def __init__(self, scheme: LinearScheme, prefix: str):
+        self.scheme = scheme
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Parameters in checkpoint layout, which vLLM fills with this rank's part of each part's tensors.
+
+        Raises:
+            FormatError: the parts of this rank do not end at word or group boundaries.
+        """
+        ops.load()
+        weights = self.scheme.weights
+        for part, size in enumerate(output_partition_sizes):
+            if problem := weights.shape_problem(size, input_size_per_partition):
+                tp_size = getattr(layer, "tp_size", 1)
+                raise FormatError(
+                    f"{self.prefix}: its weight [{output_size}, {input_size}] ({self.scheme}) cannot be "
+                    f"split over tensor_parallel_size {tp_size}: part {part} of a rank is "
+                    f"[{size}, {input_size_per_partition}], and {problem}; "
+                    "serve with a smaller tensor_parallel_size"
+                )
+        out_features = sum(output_partition_sizes)
+        groups = weights.groups(input_size_per_partition)
+        loader = extra_weight_attrs["weight_loader"]
+        packed_factor = Fraction(32, weights.bits)
+
+        layer.register_parameter(
+            "weight_packed",
+            PackedvLLMParameter(
+                data=torch.zeros(out_features, input_size_per_partition * weights.bits // 32, dtype=torch.int32),
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=packed_factor,
+                weight_loader=loader,
+            ),
+        )
+        # vLLM does not ask whether a quantized layer got all its tensors: what stays NaN was never loaded.
+        scale = torch.full((out_features, groups), torch.nan, dtype=torch.float32)
+        zero_point = torch.zeros(out_features * weights.bits // 32, groups, dtype=torch.int32)
+        packed = {"packed_dim": 0, "packed_factor": packed_factor}
+        if weights.group_size == -1:
+            # One scale per output channel goes whole to every rank that has a part of the channel's inputs.
+            scale = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+            zero_point = PackedColumnParameter(data=zero_point, output_dim=0, weight_loader=loader, **packed)
+        else:
+            dims = {"input_dim": 1, "output_dim": 0}
+            scale = GroupQuantScaleParameter(data=scale, weight_loader=loader, **dims)
+            zero_point = PackedvLLMParameter(data=zero_point, weight_loader=loader, **dims, **packed)
+        layer.register_parameter("weight_scale", scale)
+        if not weights.symmetric:
+            layer.register_parameter("weight_zero_point", zero_point)
+        shape = BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
+        layer.register_parameter("weight_shape", shape)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the checkpoint tensors of the layer by ``kernel_*`` tensors. Raises FormatError."""
+        weights, activations = self.scheme.weights, self.scheme.activations
+        packed, scale = layer.weight_packed.data, layer.weight_scale.data
+        if torch.isnan(scale).any():
+            raise FormatError(
+                f"{self.prefix}: expected the tensors of every part, found scales missing or NaN; "
+                "check the checkpoint with 'python -m sliderquant_vllm DIR'"
+            )
+        tensors = {
+            "kernel_weight": ops.repack(packed, weights.bits, activations.bits if activations else 16),
+            "kernel_scale": scale.T.contiguous(),
+            "kernel_zero": None,
+            "kernel_col_sum": None,
+        }
+        if not weights.symmetric:
+            tensors["kernel_zero"] = unpack_codes(layer.weight_zero_point.data.T, weights.bits)
+        if activations is not None:
+            tensors["kernel_col_sum"] = ops.column_sums(packed, weights.bits)
+            # One scale per channel: [1, N] here, [N] for the integer kernels.
+            for name in ("kernel_scale", "kernel_zero"):
+                tensors[name] = None if tensors[name] is None else tensors[name][0]
+        for name in CHECKPOINT_TENSORS:
+            if hasattr(layer, name):
+                delattr(layer, name)
+        for name, tensor in tensors.items():
+            parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, parameter)
+        # A bias that vLLM adds itself, elsewhere, keeps the dtype of the model.
+        if getattr(layer, "bias", None) is not None and not layer.skip_bias_add:
+            layer.bias = torch.nn.Parameter(layer.bias.data.float(), requires_grad=False)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., K] -> [..., N] in the dtype of ``x``."""
+        weights, activations = self.scheme.weights, self.scheme.activations
+        rows = x.reshape(-1, x.shape[-1])
+        if activations is None:
+            y = ops.wna16_gemm(
+                rows,
+                layer.kernel_weight,
+                layer.kernel_scale,
+                layer.kernel_zero,
+                bias,
+                weights.bits,
+                weights.group_size,
+            )
+        else:
+            quantized = ops.quantize_per_token(rows, activations.bits, activations.symmetric)
+            y = ops.w4a4_gemm(
+                *quantized,
+                layer.kernel_weight,
+                layer.kernel_scale,
+                layer.kernel_zero,
+                layer.kernel_col_sum,
+                bias,
+                weights.bits,
+                x.dtype,
+            )
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,140 @@
+"""What serving tests run in other processes: by a pool, or ``python -m tests.serving.engine MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import relative_error
+from sliderquant_vllm.checkpoint import read_config
+from sliderquant_vllm.format import FUSED_MODULES
+from sliderquant_vllm.shards import Reader
+from tests.helpers import ReferenceLinear
+
+WINDOWS, WINDOW = 5, 200
+
+
+@dataclass
+class Score:
+    """Log-probabilities of the windows' tokens and, per module, the relative error of its largest call."""
+
+    logprobs: torch.Tensor
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.exp(-self.logprobs.mean()))
+
+
+def assert_same(found: Score, expected: Score) -> None:
+    """As near as two fp16 engines are that add in different orders; in bf16 that noise is eight times as large."""
+    difference = (found.logprobs - expected.logprobs).abs()
+    assert difference.mean() <= 0.01
+    assert difference.max() <= 0.15
+    assert abs(found.perplexity / expected.perplexity - 1) <= 2e-3
+
+
+def set_environment(env: Mapping[str, str]) -> None:
+    os.environ.update(env)
+
+
+def windows(model: str | Path) -> list[list[int]]:
+    """Token windows of the standard library's source, which every interpreter has."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    tokens = tokenizer.encode(inspect.getsource(argparse)).ids
+    return [tokens[start : start + WINDOW] for start in range(0, WINDOWS * WINDOW, WINDOW)]
+
+
+def score(model: str | Path, check_linears: bool = False, **engine_args) -> Score:
+    """Start vLLM in this process, score the windows, stop it.
+
+    With ``check_linears`` every quantized linear is also computed by the reference ops from the tensors of
+    the checkpoint, on the inputs that it gets here.
+    """
+    from vllm import LLM, SamplingParams
+
+    prompts = windows(model)
+    # Few tokens at once, because an engine begins with a batch of as many as it allows.
+    limits = {"max_model_len": 256, "max_num_seqs": WINDOWS, "max_num_batched_tokens": WINDOWS * WINDOW}
+    defaults = {"dtype": "bfloat16", "enforce_eager": True, **limits}
+    with _checked_linears(model) if check_linears else nullcontext({}) as errors:
+        llm = LLM(str(model), **{**defaults, **engine_args})
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+            use_tqdm=False,
+        )
+    logprobs = [
+        output.prompt_logprobs[i][token].logprob
+        for output, prompt in zip(outputs, prompts, strict=True)
+        for i, token in enumerate(prompt)
+        if i > 0
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    del llm, outputs
+    gc.collect()
+    return Score(torch.tensor(logprobs), errors)
+
+
+@contextmanager
+def _checked_linears(model: str | Path) -> Iterator[dict[str, float]]:
+    from sliderquant_vllm.linear import SliderQuantLinearMethod
+
+    _, config = read_config(model)
+    reader = Reader(model)
+    modules = reader.modules()
+    errors: dict[str, float] = {}
+    apply = SliderQuantLinearMethod.apply
+
+    def checked(method, layer, x, bias=None):
+        y = apply(method, layer, x, bias)
+        stem, _, leaf = method.prefix.rpartition(".")
+        expected = []
+        for part in FUSED_MODULES.get(leaf, (leaf,)):
+            name = f"{stem}.{part}"
+            tensors = {suffix: reader.tensor(f"{name}.{suffix}") for suffix in modules[name]}
+            expected.append(ReferenceLinear(tensors, config.scheme_for(name))(x))
+        error = relative_error(y, torch.cat(expected, -1))
+        errors[method.prefix] = max(errors.get(method.prefix, 0.0), error)
+        return y
+
+    SliderQuantLinearMethod.apply = checked
+    try:
+        yield errors
+    finally:
+        SliderQuantLinearMethod.apply = apply
+
+
+def start_error(model: str | Path, **engine_args) -> str:
+    """The message with which vLLM refuses a model; empty when it does not."""
+    from vllm import LLM
+
+    try:
+        LLM(str(model), enforce_eager=True, max_model_len=256, **engine_args)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--engine-args", type=json.loads, default={})
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    torch.save(score(args.model, **args.engine_args).logprobs, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""From `calibrate` to the server: a calibrated checkpoint is as good when served as it was when calibrated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibrate.evaluate import perplexity
+from calibrate.export import export
+from calibrate.model import Model
+from calibrate.pipeline import calibrate
+from calibrate.recipe import Recipe
+from sliderquant_vllm.format import ActivationScheme, WeightScheme
+from tests.helpers import TINY_LLAMA, write_random_qwen2
+from tests.serving.engine import WINDOW, score, windows
+
+SMALL = {"nsamples": 8, "seqlen": 64, "epochs": 2, "shallow": 1, "deep": 1}
+LEARN_ALL = {"rotate": True, "learn_scale": True}
+
+
+class Silent:
+    def window(self, *arguments): ...
+    def step(self, loss): ...
+    def window_done(self, result): ...
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "dtype", "tolerance"),
+    [
+        ("llama", {"weights": WeightScheme(2)}, "float16", 2e-3),
+        ("llama", {"weights": WeightScheme(4, 64, symmetric=True), "rotate": True}, "float16", 2e-3),
+        # A 4-bit activation code falls to the other side for less than the rounding of 16-bit arithmetic.
+        ("llama", {"weights": WeightScheme(4), "activations": ActivationScheme(4), **LEARN_ALL}, "bfloat16", 2e-2),
+        ("qwen2", {"weights": WeightScheme(8), "activations": ActivationScheme(8), **LEARN_ALL}, "float16", 2e-2),
+        ("qwen2", {"weights": WeightScheme(3), "rotate": True}, "float16", 5e-3),
+    ],
+    ids=["W2A16", "W4A16-rotated", "W4A4", "qwen2-W8A8", "qwen2-W3A16-rotated"],
+)
+def test_served_as_calibrated(in_engine, tmp_path, family, settings, dtype, tolerance):
+    source = TINY_LLAMA if family == "llama" else write_random_qwen2(tmp_path / "qwen2", tied=True)
+    model = Model(source, Recipe(**SMALL | settings), torch.device("cpu"))
+    stream = torch.tensor(windows(source)).flatten()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calibrated = calibrate(model, stream[:512].view(8, 64), Silent())
+        expected = perplexity(model, stream, WINDOW, calibrated)
+    finally:
+        torch.set_num_threads(threads)
+    provenance = {"model": str(source), "data_sha256": ""}
+    export(model, calibrated, tmp_path / "quantized", False, provenance, 10**6, lambda done: None)
+    assert in_engine(score, tmp_path / "quantized", dtype=dtype).perplexity == pytest.approx(expected, rel=tolerance)

@@ -1,0 +1,103 @@
+"""What a model may hold besides one scheme: biases, 16-bit layers, several schemes, tied embeddings; ranks."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sliderquant_vllm.format import ActivationScheme, Override, WeightScheme
+from sliderquant_vllm.shards import INDEX_FILE
+from tests.helpers import (
+    TINY_LLAMA,
+    edit_config,
+    write_dequantized,
+    write_random_qwen2,
+    write_rtn_checkpoint,
+)
+from tests.serving.engine import Score, assert_same, score, start_error
+
+# Every kind of parameter that tensor parallelism splits, in parts that still fill words with two ranks.
+MIXED = (
+    Override(r"re:model\.layers\.[0-2]\..*", WeightScheme(3)),
+    Override(r"re:model\.layers\.[3-4]\..*", WeightScheme(3, 32)),
+    Override(r"re:model\.layers\.[5-6]\..*", WeightScheme(2, 64, symmetric=True)),
+    Override(r"re:model\.layers\.[7-8]\..*", WeightScheme(8), ActivationScheme(8)),
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return write_rtn_checkpoint(
+        TINY_LLAMA,
+        tmp_path_factory.mktemp("mixed") / "quantized",
+        WeightScheme(4, 64),
+        overrides=MIXED,
+        ignore=("lm_head", r"re:model\.layers\.9\..*", r"re:.*layers\.10\..*down_proj"),
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_biases_ignored_layers_and_overrides_in_qwen2(in_engine, tmp_path, tied):
+    quantized = write_rtn_checkpoint(
+        write_random_qwen2(tmp_path / "qwen2", tied=tied),
+        tmp_path / "quantized",
+        WeightScheme(4, 32),
+        overrides=(Override(r"re:.*self_attn\..*", WeightScheme(3)),),
+        ignore=("lm_head", r"re:model\.layers\.1\..*"),
+    )
+    found = in_engine(score, quantized, check_linears=True, dtype="float16")
+    assert len(found.errors) == 2 * 4
+    assert max(found.errors.values()) < 5e-4, found.errors
+    expected = write_dequantized(quantized, tmp_path / "16bit", torch.float16)
+    assert_same(found, in_engine(score, expected, dtype="float16"))
+
+
+def test_biases_with_quantized_activations(in_engine, tmp_path):
+    quantized = write_rtn_checkpoint(
+        write_random_qwen2(tmp_path / "qwen2"), tmp_path / "quantized", WeightScheme(4), ActivationScheme(4)
+    )
+    found = in_engine(score, quantized, check_linears=True)
+    assert len(found.errors) == 3 * 4
+    assert max(found.errors.values()) < 1e-4, found.errors
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+def test_two_ranks(in_engine, fresh_engine, mixed):
+    one = in_engine(score, mixed, check_linears=True, dtype="float16")
+    assert len(one.errors) == 12 * 4 - 5
+    assert max(one.errors.values()) < 5e-4, one.errors
+    two, _ = fresh_engine(mixed, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, dtype="float16")
+    assert_same(Score(two), one)
+
+
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
+BROKEN = {
+    "version": (
+        lambda directory: edit_config(directory, format_version=7),
+        ["format_version", "reads 1", "7", "install"],
+    ),
+    "missing shard": (remove("model-00001-of-00003.safetensors"), ["model-00001-of-00003", "missing"]),
+    "missing index": (remove(INDEX_FILE), [INDEX_FILE, "missing"]),
+    "other bits": (
+        lambda directory: edit_config(directory, weights={"bits": 8, "group_size": 64, "symmetric": False}),
+        ["weight_packed", "expected int32", "W8A16 group 64", "found int32"],
+    ),
+    "fused parts disagree": (
+        lambda directory: edit_config(directory, ignore=["lm_head", "re:.*v_proj"]),
+        ["v_proj", "ignore"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, words", BROKEN.values(), ids=BROKEN)
+def test_broken_checkpoints_are_refused_at_the_start(in_engine, tmp_path, damage, words):
+    quantized = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "quantized", WeightScheme(4, 64), max_shard_bytes=10**6)
+    damage(quantized)
+    message = in_engine(start_error, quantized)
+    for word in words:
+        assert word in message

@@ -1,0 +1,110 @@
+"""``vllm serve``, asked by the openai client: with and without ``--quantization``, eager and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sliderquant_vllm.format import ActivationScheme, Override, WeightScheme
+from tests.helpers import TINY_LLAMA, write_rtn_checkpoint
+from tests.serving.engine import Score, assert_same, score, windows
+
+START_SECONDS = 240
+
+
+@contextlib.contextmanager
+def served(model: Path, env: dict[str, str], log: Path, *flags: str):
+    """An openai client of a server; its output goes to ``log``."""
+    openai = pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--port", str(port), "--max-model-len", "256", "--dtype", "float16", *flags]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env={**os.environ, **env}, stdout=output, stderr=output)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                assert server.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                with contextlib.suppress(openai.APIError):
+                    client.models.list()
+                    break
+                time.sleep(0.5)
+            yield client
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def served_logprobs(client, model: Path) -> Score:
+    completion = client.completions.create(
+        model=str(model),
+        prompt=windows(model),
+        max_tokens=1,
+        temperature=0,
+        extra_body={"prompt_logprobs": 0},
+    )
+    return Score(
+        torch.tensor(
+            [
+                choice.prompt_logprobs[i][str(token)]["logprob"]
+                for choice, prompt in zip(completion.choices, windows(model), strict=True)
+                for i, token in enumerate(prompt)
+                if i > 0
+            ]
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    return write_rtn_checkpoint(
+        TINY_LLAMA,
+        tmp_path_factory.mktemp("server") / "quantized",
+        WeightScheme(4, 64),
+        overrides=(
+            Override(r"re:model\.layers\.[0-3]\..*", WeightScheme(3)),
+            Override(r"re:model\.layers\.[4-7]\..*", WeightScheme(4), ActivationScheme(8)),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(in_engine, quantized) -> Score:
+    return in_engine(score, quantized, dtype="float16")
+
+
+def test_named_method_eager_without_native_kernels(engine_env, quantized, expected, tmp_path):
+    env = {**engine_env, "SLIDERQUANT_NATIVE": "0"}
+    log = tmp_path / "log"
+    with served(quantized, env, log, "--quantization", "sliderquant", "--enforce-eager") as client:
+        assert_same(served_logprobs(client, quantized), expected)
+    assert log.read_text().count("no native CPU kernels") == 1
+
+
+def test_unnamed_method_compiled(engine_env, quantized, expected, tmp_path):
+    log = tmp_path / "log"
+    with served(quantized, engine_env, log) as client:
+        assert_same(served_logprobs(client, quantized), expected)
+    assert "no native CPU kernels" not in log.read_text() or not native_is_built()
+
+
+def native_is_built() -> bool:
+    import sliderquant_vllm
+
+    return any(Path(sliderquant_vllm.__file__).parent.glob("_C*.so"))
