@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from calibrate.recipe import METHODS, STAGE_ORDERS, Recipe, parse_scheme
 from sliderquant_vllm.checkpoint import check_replaceable
@@ -20,19 +21,11 @@ SHORT_SCHEMES = ("W4A4", "W4A16", "W3A16", "W2A16")
 EXIT_USAGE = 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     # Where the default depends on the scheme it is None here and filled in by `recipe_from`.
-    parser = _Parser(
+    parser = Parser(
         prog="python -m calibrate",
         description="Quantize a Hugging Face LLM with SliderQuant into a checkpoint that vLLM serves.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        argument_default=None,
     )
     switch = argparse.BooleanOptionalAction
     defaults = Recipe.__dataclass_fields__
@@ -81,12 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; ``--group_size`` and ``--group-size`` are the same flag."""
-    normal = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        normal.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    return build_parser().parse_args(normal)
+    return build_parser().parse(argv)
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

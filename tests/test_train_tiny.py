@@ -32,17 +32,13 @@ def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
     for index in range(12):
-        lines = (
-            f"def function_{index}_{line}(value):\n    return value + {line * index}\n" for line in range(30)
-        )
+        lines = (f"def function_{index}_{line}(value):\n    return value + {line * index}\n" for line in range(30))
         (folder / f"module_{index}.py").write_text("".join(lines))
     return folder
 
 
 def make_options(text: Path, **changes) -> Options:
-    return Options(
-        text=(str(text),), **{**SHAPE, "steps": 20, "lr": 5e-3, "warmup": 4, "val_fraction": 0.2, **changes}
-    )
+    return Options(text=(str(text),), **{**SHAPE, "steps": 20, "lr": 5e-3, "warmup": 4, "val_fraction": 0.2, **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -138,9 +134,7 @@ def test_epoch_visits_every_window_once() -> None:
     ids = np.arange(1000, dtype=np.uint16)
     steps = steps_per_epoch(len(ids), options)
     for epoch in range(3):
-        firsts = [
-            int(row[0]) for step in range(steps) for row in batch_at(epoch * steps + step, ids, options)
-        ]
+        firsts = [int(row[0]) for step in range(steps) for row in batch_at(epoch * steps + step, ids, options)]
         assert len(set(firsts)) == len(firsts) == 3 * steps
         assert {(b - a) % 8 for a in firsts for b in firsts} == {0}
         assert len(firsts) * 8 >= 1000 - 8 * (3 + 2)

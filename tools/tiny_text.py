@@ -35,9 +35,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
         path = Path(pattern).expanduser()
         hits = [path] if path.exists() else [Path(hit) for hit in glob.glob(str(path), recursive=True)]
         if not hits:
-            raise ValueError(
-                f"--text: no file or folder matches {pattern!r}; name a file, a folder or a glob"
-            )
+            raise ValueError(f"--text: no file or folder matches {pattern!r}; name a file, a folder or a glob")
         for hit in hits:
             if hit.is_file():
                 found.add(hit)
@@ -106,9 +104,7 @@ def make_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
 
     tokenizer.train_from_iterator(sample(), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab:
-        raise ValueError(
-            f"--vocab: expected {vocab} tokens, this text gives {found}; add text or lower --vocab"
-        )
+        raise ValueError(f"--vocab: expected {vocab} tokens, this text gives {found}; add text or lower --vocab")
     return tokenizer
 
 
@@ -154,9 +150,7 @@ def prepare(options: dict, work: Path, console: Console) -> tuple[np.ndarray, np
             tokenizer.encode_special_tokens = True  # "<|eos|>" written in a text is text
             write_ids(work / "train.bin", train, tokenizer, progress)
             write_ids(work / "val.bin", val, tokenizer, progress)
-        write_atomically(
-            stored, lambda path: path.write_text(json.dumps(wanted))
-        )  # last: the folder is whole
+        write_atomically(stored, lambda path: path.write_text(json.dumps(wanted)))  # last: the folder is whole
     return tuple(open_ids(work / name, options["vocab"]) for name in ("train.bin", "val.bin"))
 
 

@@ -226,9 +226,7 @@ def train(
             if due or now - shown > 1 or step + 1 == steps:
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {step}; lower --lr, now {options.lr}"
-                    )
+                    raise FloatingPointError(f"the loss is {value} at step {step}; lower --lr, now {options.lr}")
                 shown = time.monotonic()
                 rate = len(losses) * options.batch_size * options.seqlen / (shown - begun)
                 progress.update(bar, completed=step + 1, note=f"loss {value:.3f}  {rate:,.0f} tokens/s")
@@ -239,9 +237,7 @@ def train(
                 console.print(f"step {step + 1} of {steps}: held-out perplexity {found:.2f}")
 
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # rounded first: the figure in the card is that of the saved weights
+        for parameter in model.parameters():  # rounded first: the figure in the card is that of the saved weights
             parameter.copy_(parameter.bfloat16())
     result = Result(torch.stack(losses).tolist() if losses else [], perplexity(model, val_ids))
     seen = (first + len(losses)) * options.batch_size * options.seqlen
@@ -319,21 +315,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     defaults = Options(text=())
     for name in ("hidden", "intermediate", "blocks", "heads", "kv_heads", "vocab", "seqlen", "batch_size"):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N"
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=float, default=defaults.epochs, metavar="X", help="passes over the text"
-    )
+    length.add_argument("--epochs", type=float, default=defaults.epochs, metavar="X", help="passes over the text")
     length.add_argument("--steps", type=int, metavar="N", help="instead of --epochs")
     parser.add_argument("--lr", type=float, default=defaults.lr, metavar="X", help="peak learning rate")
-    parser.add_argument(
-        "--warmup", type=int, default=defaults.warmup, metavar="N", help="steps up to the peak"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, metavar="N", help="of the weights and the order"
-    )
+    parser.add_argument("--warmup", type=int, default=defaults.warmup, metavar="N", help="steps up to the peak")
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of the weights and the order")
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -341,9 +329,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help="part of the text held out",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a slower start, faster steps")
     parser.add_argument(
         "--time-budget-minutes",
