@@ -140,7 +140,7 @@ class CalibrationLinear(nn.Module):
     def quantize_input(self, x: Tensor) -> Tensor:
         if self.computed is None or self.scheme is None or self.scheme.activations is None:
             return x
-        return fake_quantize_activation(x, self.scheme.activations, self.computed[2])
+        return fake_quantize_activation(x.float(), self.scheme.activations, self.computed[2])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.computed is None:
@@ -255,22 +255,17 @@ class CalibrationBlock(nn.Module):
             value.copy_(state[name])
 
     def prepare(self, ratio: float) -> None:
-        """Fake-quantize every weight once, for the forward calls until the next ``prepare`` or ``full_precision``."""
+        """Fake-quantize every weight once, for the forward calls until the next ``prepare``."""
         scales = self.channel_scales()
         for path, linear in self.linears.items():
             linear.prepare(*scales[path], ratio)
         for path, norm in self.norms.items():
             norm.scale = scales[path][1]
 
-    def full_precision(self) -> None:
-        for linear in self.linears.values():
-            linear.computed = None
-        for norm in self.norms.values():
-            norm.scale = None
-
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """[batch, seqlen, hidden] -> the same; causal, no padding."""
-        return self.layer(hidden, attention_mask=None, position_embeddings=position_embeddings)
+        """fp32 [batch, seqlen, hidden] -> the same; causal, no padding. Matrix products in bf16 on a GPU."""
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.is_cuda):
+            return self.layer(hidden, attention_mask=None, position_embeddings=position_embeddings).float()
 
     @torch.no_grad()
     def snap_scales(self, dtype: torch.dtype) -> None:

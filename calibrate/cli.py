@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import os
 import signal
@@ -111,7 +112,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from(arguments)
-    check_replaceable(arguments.output_dir.resolve(), arguments.overwrite)
+    check_output(arguments)
 
     # Only now: importing torch and transformers takes seconds, and an error in the arguments should not.
     import huggingface_hub
@@ -146,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
     }
     if arguments.eval_dataset:
-        evaluation = token_stream(model.tokenizer, arguments.eval_dataset)
+        evaluation = token_stream(model.tokenizer, arguments.eval_dataset, split="test")
         full_precision = perplexity(model, evaluation, recipe.seqlen)
     console.print(
         f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
@@ -154,8 +155,11 @@ def run(arguments: argparse.Namespace) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
-        calibrated = calibrate(model, samples, progress)
+    try:
+        with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
+            calibrated = calibrate(model, samples, progress)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} is out of memory; lower --batch_size, --seqlen or --nsamples") from None
     if evaluation is not None:
         calibration["perplexity"] = {
             "dataset": arguments.eval_dataset,
@@ -187,17 +191,37 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
+def check_output(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work, an output that could not be written or would replace the model itself."""
+    if not 0 < arguments.max_shard_size < float("inf"):
+        raise UserError(f"--max-shard-size: expected gigabytes above 0, found {arguments.max_shard_size}")
+    output, model = arguments.output_dir.resolve(), Path(arguments.model).expanduser().resolve()
+    if output == model or output in model.parents:
+        raise UserError(f"--output_dir {arguments.output_dir}: holds the model to be quantized; choose another")
+    check_replaceable(output, arguments.overwrite)
+    place = next(parent for parent in output.parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {arguments.output_dir}: {place} is not a directory that can be written to")
+
+
 def _device(name: str):
     import torch
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
+
+
+def _remedy(error: OSError) -> str:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return "; free some space or choose another --output_dir" if error.errno in full else ""
 
 
 def _version(package: str) -> str:
@@ -218,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"calibrate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"calibrate: error: {error}; free some space or choose another --output_dir", file=sys.stderr)
+        print(f"calibrate: error: {' '.join(str(error).split())}{_remedy(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("calibrate: interrupted; nothing was written", file=sys.stderr)

@@ -15,20 +15,23 @@ from calibrate.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 TEXT_FIELDS = ("text", "content")
+PIECE = 1 << 22  # characters of a plain file that are tokenized at a time
 
 
 def local_files(dataset: str) -> list[Path]:
     """The files that a path, a directory or a glob names, sorted; empty if nothing local has that name."""
     path = Path(dataset).expanduser()
+    if path.is_file():
+        return [path]
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
     return sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The texts of one file: rows of .jsonl and .parquet, the whole of anything else."""
+    """The texts of one file: rows of .jsonl and .parquet; anything else is plain text, in large pieces."""
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -46,7 +49,11 @@ def read_texts(file: Path) -> Iterator[str]:
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{file}: no readable parquet file ({error})") from None
     else:
-        yield file.read_text(encoding="utf-8", errors="replace")
+        with file.open(encoding="utf-8", errors="replace") as text:
+            while piece := text.read(PIECE):
+                if "\0" in piece:
+                    raise UserError(f"{file}: a binary file; expected text, .jsonl or .parquet")
+                yield piece
 
 
 def _text_field(row: object, where: str) -> str:
@@ -57,13 +64,13 @@ def _text_field(row: object, where: str) -> str:
     raise UserError(f"{where}: expected a string field {' or '.join(map(repr, TEXT_FIELDS))}, found {found}")
 
 
-def hub_texts(dataset: str) -> Iterator[str]:
-    """Texts of the train split of a hub dataset, "owner/name" or "owner/name:config"."""
+def hub_texts(dataset: str, split: str) -> Iterator[str]:
+    """Texts of one split of a hub dataset, "owner/name" or "owner/name:config"."""
     import datasets
 
     name, _, config = dataset.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
         for row in rows:
             yield _text_field(row, f"dataset {dataset}")
     except UserError:
@@ -76,16 +83,17 @@ def hub_texts(dataset: str) -> Iterator[str]:
         ) from None
 
 
-def token_stream(tokenizer, dataset: str, limit: int | None = None) -> Tensor:
+def token_stream(tokenizer, dataset: str, limit: int | None = None, split: str = "train") -> Tensor:
     """Token ids of all texts, one after the other: int64 [T].
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         dataset: a local path, directory or glob, or a hub dataset id.
         limit: stop reading once there are so many tokens.
+        split: of a hub dataset; local text has none.
     """
     files = local_files(dataset)
-    texts = (text for file in files for text in read_texts(file)) if files else hub_texts(dataset)
+    texts = (text for file in files for text in read_texts(file)) if files else hub_texts(dataset, split)
     pieces: list[Tensor] = []
     total = 0
     for text in texts:

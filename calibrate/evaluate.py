@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from calibrate.errors import UserError
 from calibrate.model import Model
-from calibrate.pipeline import Calibrated
+from calibrate.pipeline import Calibrated, run_in_place
 
 
 @torch.no_grad()
@@ -32,12 +32,10 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated
             block.load_learned(calibrated.states.get(index, block.learned_state()))
             block.snap_scales(model.dtype)
             block.prepare(ratio=1.0)
-        hidden = torch.cat([block(batch, position_embeddings) for batch in hidden.split(16)])
+        run_in_place(block, hidden, position_embeddings, model.recipe.batch_size)
     total = 0.0
-    for batch, tokens in zip(hidden.split(16), windows.split(16), strict=True):
-        logits = model.logits(batch)[:, :-1]
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device), reduction="sum"
-        )
-        total += loss.item()
+    head = model.head_module()
+    # One window at a time: the logits of a large vocabulary are larger than everything else here.
+    for states, tokens in zip(hidden, windows.to(hidden.device), strict=True):
+        total += functional.cross_entropy(head(states[:-1]), tokens[1:], reduction="sum").item()
     return float(torch.tensor(total / windows[:, 1:].numel(), dtype=torch.float64).exp())

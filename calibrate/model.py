@@ -15,7 +15,7 @@ from calibrate.blocks import FAMILIES, BlockLayout, CalibrationBlock, rotate_blo
 from calibrate.errors import UserError
 from calibrate.recipe import Recipe
 from calibrate.transforms import Rotation, fold_norm
-from sliderquant_vllm.format import FUSED_MODULES, LinearScheme, QuantizationConfig
+from sliderquant_vllm.format import FUSED_MODULES, LinearScheme, QuantizationConfig, matches
 from sliderquant_vllm.shards import Reader
 
 SHORT_NAMES = {
@@ -30,16 +30,13 @@ SHORT_NAMES = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen2.5-14b": "Qwen/Qwen2.5-14B",
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
 }
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pth",
-    ".gguf",
-    ".onnx",
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"),
+    *(".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
 )
 
 
@@ -57,6 +54,7 @@ def resolve_model(name: str) -> Path:
             snapshot_download(
                 SHORT_NAMES.get(name.lower(), name),
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"],
+                ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights
             )
         )
     except Exception as error:
@@ -78,8 +76,8 @@ class Model:
         self.directory, self.recipe, self.device = Path(directory), recipe, device
         try:
             self.config = AutoConfig.from_pretrained(self.directory)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--model {directory}: config.json cannot be read ({error})") from None
+        except Exception as error:  # whatever a damaged config makes transformers raise
+            raise UserError(f"--model {directory}: config.json cannot be read ({error}); download it again") from None
         if getattr(self.config, "quantization_config", None) is not None:
             raise UserError(f"--model {directory}: already quantized; name the 16-bit model it was made from")
         if self.config.model_type not in FAMILIES:
@@ -90,13 +88,19 @@ class Model:
         window = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "use_sliding_window", True) and window is not None and recipe.seqlen > window:
             raise UserError(f"--seqlen {recipe.seqlen}: beyond the model's sliding window of {window}; lower it")
+        if recipe.seqlen > self.config.max_position_embeddings:
+            longest = self.config.max_position_embeddings
+            raise UserError(f"--seqlen {recipe.seqlen}: beyond the {longest} positions of the model; lower it")
         self.layout: BlockLayout = FAMILIES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(self.config)
+        try:
+            with torch.device("meta"):
+                self.skeleton = AutoModelForCausalLM.from_config(self.config)
+            head_dim = self.skeleton.model.layers[0].self_attn.head_dim
+        except Exception as error:  # likewise
+            raise UserError(f"--model {directory}: no model can be made from config.json ({error!r})") from None
         self.reader = Reader(self.directory)
         self._check_tensors()
-        head_dim = self.skeleton.model.layers[0].self_attn.head_dim
         self.stream = Rotation.random(self.config.hidden_size, recipe.seed)
         self.head = Rotation.random(head_dim, recipe.seed + 1)
 
@@ -117,7 +121,7 @@ class Model:
     def tokenizer(self):
         try:
             return AutoTokenizer.from_pretrained(self.directory)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # likewise
             raise UserError(f"--model {self.directory}: its tokenizer cannot be loaded ({error})") from None
 
     def _check_tensors(self) -> None:
@@ -169,7 +173,13 @@ class Model:
         return {path: config.scheme_for(f"{prefix}.{path}") for path in self.layout.linears}
 
     def check_schemes(self) -> None:
-        """Refuse, before any work, a scheme that some layer's shape cannot have; names the layers."""
+        """Refuse, before any work, a scheme that some layer's shape cannot have, and patterns that match nothing."""
+        names = [f"model.layers.{index}.{path}" for index in range(self.blocks) for path in self.layout.linears]
+        for pattern in self.recipe.ignore:
+            if pattern != "lm_head" and not any(matches(pattern, name) for name in names):
+                raise UserError(f"--ignore {pattern}: matches no linear; they are named like {names[0]}")
+        if not any(scheme for index in range(self.blocks) for scheme in self.schemes(index).values()):
+            raise UserError("--ignore: leaves no linear to quantize; name fewer")
         problems: dict[str, list[str]] = {}
         for index in range(self.blocks):
             for path, scheme in self.schemes(index).items():
@@ -196,27 +206,34 @@ class Model:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first block: [..., seqlen] int64 -> fp32 [..., seqlen, hidden]."""
-        return self.embedding[tokens.to(self.device)]
+        if (highest := int(tokens.max())) >= len(self.embedding):
+            raise UserError(
+                f"--model {self.directory}: its tokenizer gives token {highest}, its embedding has "
+                f"{len(self.embedding)}; tokenizer and weights are of different models"
+            )
+        return self.embedding[tokens.cpu()].to(self.device)
 
     @cached_property
     def embedding(self) -> Tensor:
-        """fp32 [vocabulary, hidden], rotated."""
+        """fp32 [vocabulary, hidden] on the CPU, rotated."""
         weight = self.read("model.embed_tokens.weight")
-        return self.stream.apply(weight) if self.recipe.rotate else weight
+        return (self.stream.apply(weight) if self.recipe.rotate else weight).cpu()
 
     @cached_property
     def head_tensors(self) -> dict[str, Tensor]:
-        """Final norm and lm_head, fp32. A tied head is returned untied when rotation makes it differ."""
+        """Final norm and lm_head, fp32 on the CPU. A tied head is untied where rotation makes it differ."""
         norm = self.read("model.norm.weight")
         weight = self.read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
         if self.recipe.rotate:
             norm, weight = torch.ones_like(norm), self.stream.apply(fold_norm(norm, weight))
-        return {"model.norm.weight": norm, "lm_head.weight": weight}
+        return {"model.norm.weight": norm.cpu(), "lm_head.weight": weight.cpu()}
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states behind the last block -> fp32 [..., vocabulary]."""
-        norm = _materialise(self.skeleton.model.norm, {"weight": self.head_tensors["model.norm.weight"]})
-        return nn.functional.linear(norm(hidden), self.head_tensors["lm_head.weight"])
+    def head_module(self) -> nn.Module:
+        """Final norm and lm_head on the device: hidden states behind the last block -> fp32 [..., vocabulary]."""
+        tensors = {name: tensor.to(self.device) for name, tensor in self.head_tensors.items()}
+        norm = _materialise(self.skeleton.model.norm, {"weight": tensors["model.norm.weight"]})
+        head = _materialise(self.skeleton.lm_head, {"weight": tensors["lm_head.weight"]})
+        return nn.Sequential(norm, head)
 
     def position_embeddings(self, seqlen: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary embedding, as the decoder layers take them."""

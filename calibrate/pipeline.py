@@ -60,30 +60,33 @@ class _Sweep:
     def __init__(self, model: Model, calibrated: Calibrated, samples: Tensor):
         self.model, self.calibrated = model, calibrated
         self.inputs = model.embed(samples)
-        self.targets = self.inputs
+        self.targets = self.inputs.clone()
         self.position_embeddings = model.position_embeddings(samples.shape[1])
         self.blocks: list[CalibrationBlock] = []
         self.first = 0
+        self.ratio = 1.0  # at which the blocks of the window were last optimised
 
-    def advance(self, window: Window, ratio: float) -> None:
+    def advance(self, window: Window) -> None:
         """Move both streams to a window: inputs through blocks quantized so far, targets through 16-bit ones."""
         while self.first < window.first:
             block = self.blocks.pop(0)
-            block.prepare(ratio)
-            self.inputs = self._run(block, self.inputs)
+            block.prepare(self.ratio)
+            run_in_place(block, self.inputs, self.position_embeddings, self.model.recipe.batch_size)
             self.first += 1
         while self.first + len(self.blocks) <= window.last:
             index = self.first + len(self.blocks)
             block = self.model.block(index)
-            self.targets = self._run(block, self.targets)
+            run_in_place(block, self.targets, self.position_embeddings, self.model.recipe.batch_size)
             if index in self.calibrated.states:
                 block.load_learned(self.calibrated.states[index])
             self.blocks.append(block)
 
-    @torch.no_grad()
-    def _run(self, block: CalibrationBlock, hidden: Tensor) -> Tensor:
-        batches = hidden.split(self.model.recipe.batch_size)
-        return torch.cat([block(batch, self.position_embeddings) for batch in batches])
+
+@torch.no_grad()
+def run_in_place(block: CalibrationBlock, hidden: Tensor, position_embeddings: tuple, batch_size: int) -> None:
+    """Replace hidden states [samples, seqlen, hidden] by the block's outputs, batch by batch."""
+    for batch in hidden.split(batch_size):
+        batch.copy_(block(batch, position_embeddings))
 
 
 def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
@@ -102,7 +105,7 @@ def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
         for each in sweep_passes:
             number = len(calibrated.results) + 1
             progress.window(number, total, each.window, each.ratio, each.epochs * batches)
-            sweep.advance(each.window, each.ratio)
+            sweep.advance(each.window)
             result = reconstruct(
                 sweep.blocks,
                 sweep.inputs,
@@ -114,6 +117,7 @@ def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
                 seed=recipe.seed * 100_003 + number,
                 on_step=progress.step,
             )
+            sweep.ratio = each.ratio
             for index, block in enumerate(sweep.blocks, sweep.first):
                 calibrated.states[index] = block.learned_state()
             calibrated.results.append((each, result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from sliderquant_vllm.format import (
     GROUP_SIZES,
     WEIGHT_BITS,
     ActivationScheme,
-    FormatError,
     LinearScheme,
     WeightScheme,
 )
@@ -67,11 +67,21 @@ class Recipe:
     def __post_init__(self):
         self._choice("method", METHODS)
         self._choice("stage_order", STAGE_ORDERS)
-        for name in ("epochs", "batch_size", "nsamples", "seqlen"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: expected at least 1, found {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise UserError(f"--lora_rank: expected 0 (off) or more, found {self.lora_rank}")
+        for name, least in {
+            "epochs": 1,
+            "batch_size": 1,
+            "nsamples": 1,
+            "seqlen": 2,
+            "lora_rank": 0,
+            "seed": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}: expected at least {least}, found {getattr(self, name)}")
+        for name in ("lr_scale", "lr_lora", "lr_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name}: expected a finite number of 0 or more, found {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed: expected less than 2**32, found {self.seed}")
         if not self.stages or list(self.stages) != sorted(set(self.stages)) or self.stages[-1] != 1:
             raise UserError(f"--stages: expected growing ratios that end with 1, found {list(self.stages)}")
         if self.stages[0] <= 0:
@@ -85,8 +95,6 @@ class Recipe:
         try:
             LinearScheme(self.weights, self.activations)
             schedule(1, self.shallow, self.deep, self.window, self.stride)
-        except FormatError as error:
-            raise UserError(str(error)) from None
         except ValueError as error:
             raise UserError(str(error)) from None
 

@@ -50,6 +50,9 @@ def reconstruct(
     Raises:
         UserError: the loss stays non-finite however small the learning rate.
     """
+    if not any(True for block in blocks for _ in block.learned()):
+        loss = _loss(blocks, inputs, targets, position_embeddings, recipe, ratio)
+        return WindowResult(loss, loss)
     start = [block.learned_state() for block in blocks]
     for attempt in range(RETRIES + 1):
         factor = 0.1**attempt
@@ -98,6 +101,19 @@ def _optimise(
     if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
         return None
     return WindowResult(epoch_losses[0], epoch_losses[-1])
+
+
+@torch.no_grad()
+def _loss(blocks, inputs, targets, position_embeddings, recipe, ratio) -> float:
+    """The loss over all samples, of blocks that have nothing to learn."""
+    for block in blocks:
+        block.prepare(ratio)
+    total = 0.0
+    for hidden, target in zip(inputs.split(recipe.batch_size), targets.split(recipe.batch_size), strict=True):
+        for block in blocks:
+            hidden = block(hidden, position_embeddings)
+        total += functional.mse_loss(hidden, target, reduction="sum").item()
+    return total / targets.numel()
 
 
 def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: float) -> list[dict]:

@@ -64,7 +64,8 @@ class TerminalProgress:
 
     def window_done(self, result: WindowResult) -> None:
         elapsed = time.monotonic() - self.started
-        remaining = elapsed * (self.work / self.done - 1)
+        # Steps of a window that was started again come on top of the plan.
+        remaining = max(elapsed * (self.work / self.done - 1), 0) if self.done else 0
         line = f"{self.title}: loss {result.first_loss:.3e} -> {result.last_loss:.3e}"
         if not self.interactive:
             self.console.print(

@@ -37,6 +37,9 @@ def cosine_matrix(size: int) -> Tensor:
     return matrix.T.contiguous()
 
 
+CHUNK = 1 << 22  # values that are rotated at a time: float64 copies of a whole embedding would not fit
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """Orthogonal Q = diag(signs) (H_p kron C_m) of a size 2^k m with m odd: never materialised.
@@ -54,6 +57,11 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """``x @ Q`` along the last dimension, computed in float64, returned in the dtype of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        chunks = rows.split(max(CHUNK // x.shape[-1], 1))
+        return torch.cat([self._apply(chunk) for chunk in chunks]).view(x.shape)
+
+    def _apply(self, x: Tensor) -> Tensor:
         size = x.shape[-1]
         odd = size // (size & -size)
         y = (x.double() * self.signs.to(x.device)).unflatten(-1, (size // odd, odd))

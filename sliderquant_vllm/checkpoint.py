@@ -19,6 +19,7 @@ import torch
 
 from sliderquant_vllm.format import (
     FUSED_MODULES,
+    QUANT_METHOD,
     FormatError,
     LinearScheme,
     QuantizationConfig,
@@ -190,12 +191,17 @@ def staging_directory(output_dir: str | Path, overwrite: bool = False) -> Iterat
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless ``target`` is free, or holds a quantized model of ours and may be overwritten."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists already; choose another directory, or pass --overwrite")
-    if not (target / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{target} is not a model directory (it has no {CONFIG_FILE}) and is not overwritten")
+    try:
+        method = read_json(target / CONFIG_FILE)["quantization_config"]["quant_method"]
+    except (FormatError, KeyError, TypeError):
+        method = None
+    if method != QUANT_METHOD:
+        raise FileExistsError(f"{target} is not a model made here and is not overwritten; choose another directory")
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -83,14 +83,17 @@ def test_staging_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+OURS = '{"quantization_config": {"quant_method": "sliderquant"}}'
+
+
 def test_staging_replaces_a_model_only_when_told(tmp_path):
     target = tmp_path / "model"
-    for content, overwrite in (("1", False), ("2", True)):
+    for content, overwrite in ((OURS, False), (OURS + " ", True)):
         with staging_directory(target, overwrite) as staging:
             (staging / "config.json").write_text(content)
     with pytest.raises(FileExistsError, match="exists already"), staging_directory(target):
         pass
-    assert (target / "config.json").read_text() == "2"
+    assert (target / "config.json").read_text() == OURS + " "
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -98,6 +101,9 @@ def test_staging_never_replaces_what_is_no_model(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="not a model"), staging_directory(tmp_path / "home", True):
+        pass
+    (tmp_path / "home" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError, match="not a model made here"), staging_directory(tmp_path / "home", True):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a model"), staging_directory(tmp_path / "file", True):
@@ -107,11 +113,11 @@ def test_staging_never_replaces_what_is_no_model(tmp_path):
 def test_staging_keeps_the_old_model_when_the_new_one_fails(tmp_path):
     target = tmp_path / "model"
     with staging_directory(target) as staging:
-        (staging / "config.json").write_text("old")
+        (staging / "config.json").write_text(OURS)
     with pytest.raises(RuntimeError), staging_directory(target, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
         raise RuntimeError
-    assert (target / "config.json").read_text() == "old"
+    assert (target / "config.json").read_text() == OURS
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -5,6 +5,7 @@ source of the running interpreter's standard library, different files for calibr
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -16,11 +17,9 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
-import psutil
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -58,7 +57,7 @@ def calibrate(flags: list[str], text: Path, output: Path, epochs: int) -> None:
         raise DemoError(f"calibration failed with exit code {result.returncode}: {shown}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(model: Path, flags: list[str], log: Path) -> Iterator[openai.OpenAI]:
     """A client of `vllm serve MODEL`; the server and all its children are gone afterwards."""
     with socket.socket() as probe:
@@ -79,7 +78,10 @@ def served(model: Path, flags: list[str], log: Path) -> Iterator[openai.OpenAI]:
             env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ,
         )
         try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            # A proxy of the environment does not know the server on this machine.
+            direct = openai.DefaultHttpxClient(trust_env=False)
+            url = f"http://127.0.0.1:{port}/v1"
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=direct)
             _wait_until_ready(server, client, log)
             yield client
         finally:
@@ -96,23 +98,23 @@ def _wait_until_ready(server: subprocess.Popen, client: openai.OpenAI, log: Path
             return
         except openai.APIConnectionError:
             time.sleep(0.25)
+    what = f"did not start within {START_TIMEOUT} s" if server.poll() is None else f"ended ({server.returncode})"
     last = [line for line in log.read_text().splitlines() if "Error" in line][-1:] or ["no error in its log"]
-    raise DemoError(f"the server did not start within {START_TIMEOUT} s ({last[0].strip()}); its log is {log}")
+    raise DemoError(f"the server {what}: {last[0].strip()}; its log is {log}")
 
 
 def _stop(server: subprocess.Popen) -> None:
-    """End the server's whole process tree: politely, then not."""
+    """End the server and its children: politely, then, whatever happens meanwhile, the whole process group."""
     try:
-        processes = [parent := psutil.Process(server.pid), *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        processes = []
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=10)
-    server.wait(timeout=10)
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def perplexity(client: openai.OpenAI, windows: list[list[int]]) -> float:
@@ -244,8 +246,11 @@ def main() -> int:
     parser.add_argument("--eval-tokens", type=int, default=16384)
     arguments = parser.parse_args()
     # As an exception a termination request reaches the clean-up of a running server.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for request in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(request, lambda number, _: sys.exit(128 + number))
     try:
+        if arguments.eval_tokens < WINDOW:
+            raise DemoError(f"--eval-tokens: expected at least {WINDOW}, found {arguments.eval_tokens}")
         run(arguments.output_dir.resolve(), arguments.schemes, arguments.epochs, arguments.eval_tokens)
     except (DemoError, openai.APIError) as error:
         print(f"demo: error: {error}", file=sys.stderr)

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,16 +147,21 @@ def test_a_rotated_model_with_tied_embeddings_is_untied(tmp_path, text_file):
         (["--model", "{tiny}", "--w4a16", "--nsamples", "many"], "invalid int value"),
         (["--model", "{tiny}", "--w4a16", "--dataset", "{tmp}/empty.txt"], "no text in it"),
         (["--model", "{tiny}", "--w4a16", "--dataset", "{text}", "--nsamples", "999"], "at least 999 x 2048"),
-        (["--model", "{tiny}", "--w4a16", "--output-dir", "{tmp}"], "is not a model directory|--overwrite"),
-        (["--model", "{tiny}", "--w4a16", "--device", "abacus"], "--device abacus: not usable here"),
+        (["--model", "{tiny}", "--w4a16", "--output-dir", "{tmp}"], "pass --overwrite"),
+        (["--model", "{tiny}", "--w4a16", "--output-dir", "{tmp}/damaged", "--overwrite"], "is not overwritten"),
+        (["--model", "{tiny}", "--w4a16", "--device", "abacus"], "--device abacus: expected auto, cpu, cuda"),
+        (["--model", "{tiny}", "--w4a16", "--output-dir", "{tiny}", "--overwrite"], "holds the model to be quantized"),
+        (["--model", "{tiny}", "--w4a16", "--output-dir", "{text}/out"], "not a directory that can be written to"),
+        (["--model", "{tiny}", "--w4a16", "--max-shard-size", "nan"], "--max-shard-size: expected gigabytes"),
+        (["--model", "{damaged}", "--w4a16", "--dataset", "{text}"], "truncated or damaged"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(tmp_path, text_file, argv, words, capsys):
-    import re
-
     (tmp_path / "empty.txt").write_text("\n")
     output = tmp_path / "out"
-    known = {"tmp": tmp_path, "tiny": TINY_LLAMA, "text": text_file}
+    damaged = shutil.copytree(TINY_LLAMA, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((TINY_LLAMA / "model.safetensors").read_bytes()[:-1])
+    known = {"tmp": tmp_path, "tiny": TINY_LLAMA, "text": text_file, "damaged": damaged}
     argv = [argument.format(**known) for argument in argv]
     if "--output-dir" not in argv:
         argv += ["--output-dir", str(output)]
@@ -202,4 +209,26 @@ def test_a_stopped_run_leaves_nothing_half_written(tmp_path, text_file, how):
     run.send_signal(how)
     run.communicate(timeout=60)
     assert run.returncode == 128 + how
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_run_stopped_while_writing_leaves_nothing_half_written(tmp_path, text_file):
+    """The signal comes when the first block has been written to the staging directory."""
+    script = """
+import os, signal, sys
+from calibrate import cli, export
+tensors = export._tensors
+def interrupted(*arguments):
+    for number, item in enumerate(tensors(*arguments)):
+        yield item
+        if number == 40:
+            assert any(path.startswith('.out.partial') for path in os.listdir(sys.argv[1]))
+            os.kill(os.getpid(), signal.SIGTERM)
+export._tensors = interrupted
+sys.exit(cli.main(sys.argv[2:]))
+"""
+    argv = ["--model", str(TINY_LLAMA), "--w4a16", "--method", "rtn", "--dataset", str(text_file), *SMALL]
+    argv += ["--output-dir", str(tmp_path / "out"), "--max-shard-size", "0.0001"]
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), *argv], capture_output=True, text=True)
+    assert run.returncode == 128 + signal.SIGTERM, run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -36,6 +36,11 @@ def test_directories_and_globs(tmp_path):
     assert [file.name for file in local_files(str(tmp_path / "**" / "*.md"))] == ["c.md"]
 
 
+def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    assert [file.name for file in local_files(str(tmp_path / "a[1].txt"))] == ["a[1].txt"]
+
+
 def test_samples_are_distinct_and_follow_the_seed(tokenizer, text_file):
     first = calibration_samples(tokenizer, str(text_file), 8, 64, seed=0)
     assert first.shape == (8, 64) and first.dtype == torch.int64
@@ -61,6 +66,7 @@ def test_too_few_tokens_gives_the_count(tokenizer, tmp_path):
             r"other.jsonl:1: expected a string field 'text' or 'content', found \['body'\]",
         ),
         ("bad.parquet", "nonsense", "bad.parquet: no readable parquet"),
+        ("weights.bin", "\0\1", "weights.bin: a binary file"),
     ],
 )
 def test_unusable_files_are_named(tokenizer, tmp_path, name, content, words):

@@ -38,7 +38,7 @@ def run(model: Model, ratio: float | None = None, change=lambda block: None) -> 
         if ratio is not None:
             block.prepare(ratio)
         hidden = block(hidden, model.position_embeddings(TOKENS.shape[1]))
-    return model.logits(hidden)
+    return model.head_module()(hidden)
 
 
 def relative_change(output: torch.Tensor, reference: torch.Tensor) -> float:
@@ -102,6 +102,24 @@ def test_ignoring_one_part_of_a_fused_module_is_refused(tmp_path):
         make(directory, ignore=("re:.*q_proj",)).check_schemes()
 
 
+@pytest.mark.parametrize(
+    ("ignore", "words"),
+    [("down_proj", "matches no linear; they are named like model.layers.0"), ("re:.*", "leaves no")],
+)
+def test_patterns_that_cannot_be_meant_are_refused(tmp_path, ignore, words):
+    directory = write_random_model(tmp_path / "model", "llama")
+    with pytest.raises(UserError, match=words):
+        make(directory, ignore=("lm_head", ignore)).check_schemes()
+
+
+def test_limits_of_the_model_are_named(tmp_path):
+    directory = write_random_model(tmp_path / "model", "llama")
+    with pytest.raises(UserError, match="--seqlen 512: beyond the 256 positions"):
+        make(directory, seqlen=512)
+    with pytest.raises(UserError, match="gives token 96, its embedding has 96"):
+        make(directory).embed(torch.tensor([[96]]))
+
+
 def test_group_size_that_does_not_divide_names_the_layers(tmp_path):
     directory = write_random_model(tmp_path / "model", "llama")
     with pytest.raises(UserError, match=r"mlp.down_proj \(group_size 64 does not divide its 160.*blocks 0, 1, 2"):
@@ -119,6 +137,9 @@ def test_group_size_that_does_not_divide_names_the_layers(tmp_path):
         ("quantized", "already quantized"),
         ("family", "model_type 'gpt2' is not supported"),
         ("config", "config.json cannot be read"),
+        ("type", "config.json cannot be read"),
+        ("activation", "no model can be made from config.json"),
+        ("no blocks", "no model can be made from config.json"),
         ("no weights", "shard is missing"),
     ],
 )
@@ -142,8 +163,13 @@ def test_damaged_models_are_refused_by_name(tmp_path, damage, words):
         tensors[name][3, 4] = torch.nan
     elif damage == "quantized":
         config["quantization_config"] = {"quant_method": "awq"}
-    elif damage == "family":
-        config["model_type"] = "gpt2"
+    elif damage in ("family", "type", "activation", "no blocks"):
+        config |= {
+            "family": {"model_type": "gpt2"},
+            "type": {"hidden_size": "big"},
+            "activation": {"hidden_act": "nonsense"},
+            "no blocks": {"num_hidden_layers": 0},
+        }[damage]
     save_file(tensors, weights)
     config_file.write_text("{" if damage == "config" else json.dumps(config))
     if damage == "truncated":

@@ -94,16 +94,43 @@ def test_targets_are_the_16_bit_trajectory_and_inputs_the_quantized_one(random_m
         samples, output_hidden_states=True
     ).hidden_states
     sweep = _Sweep(model, Calibrated(), samples)
-    sweep.advance(Window(0, 1), 1.0)
+    sweep.advance(Window(0, 1))
     torch.testing.assert_close(sweep.targets, hidden[2], rtol=1e-4, atol=1e-4)
     assert torch.equal(sweep.inputs, model.embed(samples))
-    sweep.advance(Window(1, 1), 1.0)
+    sweep.advance(Window(1, 1))
     torch.testing.assert_close(sweep.targets, hidden[2], rtol=1e-4, atol=1e-4)
     block = model.block(0)
     block.prepare(1.0)
     expected = block(model.embed(samples), model.position_embeddings(32))
     torch.testing.assert_close(sweep.inputs, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sweep.inputs, hidden[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("order", ["outer", "inner"])
+def test_blocks_that_leave_a_window_run_as_they_were_last_optimised(random_model, order, monkeypatch):
+    """With the stages inside each window a block leaves it wholly quantized, though the next pass starts at half."""
+    prepared = []
+    advance = _Sweep.advance
+
+    def recorded(sweep, window):
+        if sweep.first < window.first:
+            prepared.append((str(window), sweep.ratio))
+        advance(sweep, window)
+
+    monkeypatch.setattr(_Sweep, "advance", recorded)
+    model = Model(random_model, small_recipe(stage_order=order, epochs=2), CPU)
+    calibrate(model, torch.randint(0, 96, (6, 32)), Losses())
+    whole = [("1-2", 1.0), ("2", 1.0)]
+    assert prepared == (whole if order == "inner" else [("1-2", 0.5), ("2", 0.5), *whole])
+
+
+def test_a_window_with_nothing_to_learn_is_passed_over(random_model):
+    recipe = small_recipe(ignore=("lm_head", r"re:model\.layers\.0\..*"))
+    progress = Losses()
+    calibrated = calibrate(Model(random_model, recipe, CPU), torch.randint(0, 96, (6, 32)), progress)
+    first, last = progress.results[0].first_loss, progress.results[0].last_loss
+    assert first == last == pytest.approx(0, abs=1e-9)
+    assert calibrated.states[0] == {} and calibrated.states[1]
 
 
 def test_perplexity_agrees_with_transformers():

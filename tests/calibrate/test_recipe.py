@@ -38,6 +38,10 @@ def test_unknown_scheme_names_the_known_ones(text):
         ({"lora_rank": -1}, "--lora_rank"),
         ({"learn_scale": True}, "weight-only"),
         ({"stride": 3}, "stride"),
+        ({"lr_clip": -1.0}, "--lr_clip: expected a finite number"),
+        ({"lr_lora": float("nan")}, "--lr_lora: expected a finite number"),
+        ({"seed": 2**40}, "--seed"),
+        ({"seqlen": 1}, "--seqlen: expected at least 2"),
         ({"activations": ActivationScheme(4), "weights": WeightScheme(4, 128)}, "group_size"),
     ],
 )
