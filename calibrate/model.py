@@ -184,7 +184,7 @@ class Model:
         for index in range(self.blocks):
             for path, scheme in self.schemes(index).items():
                 out_features, in_features = self.skeleton.model.layers[index].get_submodule(path).weight.shape
-                if scheme and (problem := scheme.weights.shape_problem(out_features, in_features)):
+                if scheme and (problem := scheme.shape_problem(out_features, in_features)):
                     problems.setdefault(f"{path} ({problem})", []).append(str(index))
         if problems:
             found = "; ".join(f"{what} in blocks {', '.join(where)}" for what, where in problems.items())

@@ -21,10 +21,9 @@
 #include "cpu/api.h"
 #include "layout.h"
 #ifdef SLIDERQUANT_CUDA
-#include "cuda/launch.h"
+#include <dlfcn.h>
 
-// Absent from a torch built for CPUs alone, under which this library must load too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "cuda/launch.h"
 #endif
 
 namespace {
@@ -142,11 +141,27 @@ void run_parallel(int64_t count, int64_t grain, sliderquant::cpu::RangeBody body
 }
 
 #ifdef SLIDERQUANT_CUDA
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Looked up where the first CUDA tensor arrives: this library links libtorch_cpu alone, and torch loads its CUDA part,
+// if it has one, out of the linker's sight. Null under a torch built for CPUs alone.
+CurrentStream current_cuda_stream() {
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return function;
+}
+
 template <class Args>
 void run_cuda(const char* op, const Args& args, int device, const char* (*launch)(const Args&, int, uintptr_t)) {
+  const CurrentStream current_stream = current_cuda_stream();
+  if (current_stream == nullptr) {
+    fail(op, "no aoti_torch_get_current_cuda_stream in libtorch_cuda.so; install a CUDA build of torch 2.11 or later");
+  }
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr) fail(op, "this torch is built without CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device, &stream));
   if (const char* error = launch(args, device, reinterpret_cast<uintptr_t>(stream))) fail(op, "CUDA: ", error);
 }
 #define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel

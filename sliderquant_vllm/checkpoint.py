@@ -125,7 +125,7 @@ def _check_linear(reader: Reader, module: str, tensors: Mapping[str, TensorHeade
     out_features, in_features = sizes = reader.tensor(f"{module}.weight_shape").tolist()
     if min(sizes) <= 0:
         raise FormatError(f"{module}.weight_shape: expected positive sizes, found {sizes}; copy the checkpoint again")
-    if problem := scheme.weights.shape_problem(out_features, in_features):
+    if problem := scheme.shape_problem(out_features, in_features):
         raise FormatError(f"{module}: cannot be {scheme}: {problem}; choose another scheme, or add it to 'ignore'")
     expected = expected_tensors(scheme.weights, out_features, in_features)
     for suffix, (shape, dtypes) in expected.items():

@@ -5,6 +5,7 @@ Tested with vLLM 0.32; the names that 0.26 spells differently are mapped.
 
 from __future__ import annotations
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -37,4 +38,11 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "register_weight_loader_v2_supported_method",
+    "weights_are_random",
 ]
+
+
+def weights_are_random() -> bool:
+    """Whether the model that is being built gets random weights, which no weight loader sees."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"

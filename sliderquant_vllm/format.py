@@ -23,6 +23,9 @@ QUANT_METHOD = "sliderquant"
 WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
+# What the kernels take: input channels in whole blocks (csrc/layout.h), integer sums within int32 (csrc/register.cpp).
+BLOCK_CODES = 32
+MAX_SUM, MAX_ACTIVATION_CODE = 2**31 - 1, 255
 SCALE_DTYPES = (torch.bfloat16, torch.float32)
 
 # Modules that a serving engine runs as one matrix product: their parts must share one scheme.
@@ -82,11 +85,12 @@ class WeightScheme:
         return 1 if self.group_size == -1 else in_features // self.group_size
 
     def shape_problem(self, out_features: int, in_features: int) -> str | None:
-        """Why a weight [out_features, in_features] cannot be stored under this scheme, or None."""
+        """Why a weight [out_features, in_features] cannot be stored and served under this scheme, or None."""
+        # Blocks fill whole 32-bit words at every width.
+        if in_features % BLOCK_CODES:
+            return f"its {in_features} input channels are not a multiple of {BLOCK_CODES}"
         if self.group_size != -1 and in_features % self.group_size:
             return f"group_size {self.group_size} does not divide its {in_features} input channels"
-        if in_features * self.bits % 32:
-            return f"{in_features} input channels of {self.bits} bits do not fill whole 32-bit words"
         if not self.symmetric and out_features * self.bits % 32:
             return f"{out_features} zero points of {self.bits} bits do not fill whole 32-bit words"
         return None
@@ -128,6 +132,16 @@ class LinearScheme:
                 f"weights.group_size: expected -1 (per channel) beside quantized activations, found "
                 f"{self.weights.group_size}; the integer kernels take one scale per output channel"
             )
+
+    def shape_problem(self, out_features: int, in_features: int) -> str | None:
+        """Why a linear [out_features, in_features] cannot be stored and served under this scheme, or None."""
+        limit = MAX_SUM // (MAX_ACTIVATION_CODE * self.weights.max_code)
+        if self.activations is not None and in_features > limit:
+            return (
+                f"its {in_features} input channels are more than the {limit} of which {self.weights.bits}-bit integer "
+                "sums stay within int32"
+            )
+        return self.weights.shape_problem(out_features, in_features)
 
     def __str__(self) -> str:
         bits = f"W{self.weights.bits}A{self.activations.bits if self.activations else 16}"

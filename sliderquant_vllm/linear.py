@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,10 +18,29 @@ from sliderquant_vllm.compat import (
     PackedColumnParameter,
     PackedvLLMParameter,
     register_weight_loader_v2_supported_method,
+    weights_are_random,
 )
 from sliderquant_vllm.format import FormatError, LinearScheme, unpack_codes
 
 CHECKPOINT_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+ALL_PARTS = None  # how vLLM's loaders name a tensor that is not one part of a fused module
+
+
+def recording(loader: MethodType) -> MethodType:
+    """The weight loader of a layer, which adds to ``param.loaded_parts`` what it was called for.
+
+    A method as before: vLLM takes the layer out of its parameters' methods where it must not keep it alive.
+    """
+    load = loader.__func__
+
+    @functools.wraps(load)
+    def load_and_record(layer, param, loaded_weight, *args, **kwargs):
+        result = load(layer, param, loaded_weight, *args, **kwargs)
+        part = next(iter((*args, *kwargs.values())), ALL_PARTS)
+        param.loaded_parts |= set(part if isinstance(part, tuple) else (part,))
+        return result
+
+    return MethodType(load_and_record, loader.__self__)
 
 
 @register_weight_loader_v2_supported_method
@@ -48,7 +69,7 @@ class SliderQuantLinearMethod(LinearMethodBase):
         ops.load()
         weights = self.scheme.weights
         for part, size in enumerate(output_partition_sizes):
-            if problem := weights.shape_problem(size, input_size_per_partition):
+            if problem := self.scheme.shape_problem(size, input_size_per_partition):
                 tp_size = getattr(layer, "tp_size", 1)
                 raise FormatError(
                     f"{self.prefix}: its weight [{output_size}, {input_size}] ({self.scheme}) cannot be "
@@ -58,7 +79,8 @@ class SliderQuantLinearMethod(LinearMethodBase):
                 )
         out_features = sum(output_partition_sizes)
         groups = weights.groups(input_size_per_partition)
-        loader = extra_weight_attrs["weight_loader"]
+        layer.logical_widths = output_partition_sizes
+        loader = recording(extra_weight_attrs["weight_loader"])
         packed_factor = Fraction(32, weights.bits)
 
         layer.register_parameter(
@@ -72,8 +94,7 @@ class SliderQuantLinearMethod(LinearMethodBase):
                 weight_loader=loader,
             ),
         )
-        # vLLM does not ask whether a quantized layer got all its tensors: what stays NaN was never loaded.
-        scale = torch.full((out_features, groups), torch.nan, dtype=torch.float32)
+        scale = torch.zeros(out_features, groups, dtype=torch.float32)
         zero_point = torch.zeros(out_features * weights.bits // 32, groups, dtype=torch.int32)
         packed = {"packed_dim": 0, "packed_factor": packed_factor}
         if weights.group_size == -1:
@@ -88,29 +109,38 @@ class SliderQuantLinearMethod(LinearMethodBase):
         if not weights.symmetric:
             layer.register_parameter("weight_zero_point", zero_point)
         shape = BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
+        # Every part brings one: vLLM, when it loads anew, processes a layer as soon as so many elements have come.
+        shape.weight_loader_numel = 2 * len(output_partition_sizes)
         layer.register_parameter("weight_shape", shape)
+        # Immutable, because vLLM keeps shallow copies of parameters, from which it loads anew.
+        loaded = frozenset([ALL_PARTS] if weights_are_random() else [])
+        for name in CHECKPOINT_TENSORS:
+            if hasattr(layer, name):
+                getattr(layer, name).loaded_parts = loaded
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the checkpoint tensors of the layer by ``kernel_*`` tensors. Raises FormatError."""
+        """Replace the checkpoint tensors of the layer by what the kernels take, under the same names.
+
+        The names are those by which vLLM finds the device of a quantized layer.
+
+        Raises:
+            FormatError: a tensor of the layer was not in the checkpoint, or has scales that are not finite.
+        """
+        self._check_loaded(layer)
         weights, activations = self.scheme.weights, self.scheme.activations
-        packed, scale = layer.weight_packed.data, layer.weight_scale.data
-        if torch.isnan(scale).any():
-            raise FormatError(
-                f"{self.prefix}: expected the tensors of every part, found scales missing or NaN; "
-                "check the checkpoint with 'python -m sliderquant_vllm DIR'"
-            )
+        packed = layer.weight_packed.data
         tensors = {
-            "kernel_weight": ops.repack(packed, weights.bits, activations.bits if activations else 16),
-            "kernel_scale": scale.T.contiguous(),
-            "kernel_zero": None,
-            "kernel_col_sum": None,
+            "weight_packed": ops.repack(packed, weights.bits, activations.bits if activations else 16),
+            "weight_scale": layer.weight_scale.data.T.contiguous(),
+            "weight_zero_point": None,
+            "col_sum": None,
         }
         if not weights.symmetric:
-            tensors["kernel_zero"] = unpack_codes(layer.weight_zero_point.data.T, weights.bits)
+            tensors["weight_zero_point"] = unpack_codes(layer.weight_zero_point.data.T, weights.bits)
         if activations is not None:
-            tensors["kernel_col_sum"] = ops.column_sums(packed, weights.bits)
+            tensors["col_sum"] = ops.column_sums(packed, weights.bits)
             # One scale per channel: [1, N] here, [N] for the integer kernels.
-            for name in ("kernel_scale", "kernel_zero"):
+            for name in ("weight_scale", "weight_zero_point"):
                 tensors[name] = None if tensors[name] is None else tensors[name][0]
         for name in CHECKPOINT_TENSORS:
             if hasattr(layer, name):
@@ -122,6 +152,23 @@ class SliderQuantLinearMethod(LinearMethodBase):
         if getattr(layer, "bias", None) is not None and not layer.skip_bias_add:
             layer.bias = torch.nn.Parameter(layer.bias.data.float(), requires_grad=False)
 
+    def _check_loaded(self, layer: torch.nn.Module) -> None:
+        """vLLM does not ask whether a quantized layer got all its tensors."""
+        remedy = "check the checkpoint with 'python -m sliderquant_vllm DIR'"
+        parts = len(layer.logical_widths)
+        for name in ("weight_packed", "weight_scale", "weight_zero_point"):
+            if getattr(layer, name, None) is None:  # symmetric
+                continue
+            found = getattr(layer, name).loaded_parts
+            if ALL_PARTS not in found and len(found) < parts:
+                expected = f"the tensors of {parts} parts" if parts > 1 else "a tensor"
+                held = f"only {', '.join(sorted(map(str, found)))}" if found else "none"
+                raise FormatError(
+                    f"{self.prefix}.{name}: expected {expected} in the checkpoint, found {held}; {remedy}"
+                )
+        if not torch.isfinite(layer.weight_scale).all():
+            raise FormatError(f"{self.prefix}.weight_scale: expected finite scales, found others; {remedy}")
+
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``."""
         weights, activations = self.scheme.weights, self.scheme.activations
@@ -129,9 +176,9 @@ class SliderQuantLinearMethod(LinearMethodBase):
         if activations is None:
             y = ops.wna16_gemm(
                 rows,
-                layer.kernel_weight,
-                layer.kernel_scale,
-                layer.kernel_zero,
+                layer.weight_packed,
+                layer.weight_scale,
+                layer.weight_zero_point,
                 bias,
                 weights.bits,
                 weights.group_size,
@@ -140,10 +187,10 @@ class SliderQuantLinearMethod(LinearMethodBase):
             quantized = ops.quantize_per_token(rows, activations.bits, activations.symmetric)
             y = ops.w4a4_gemm(
                 *quantized,
-                layer.kernel_weight,
-                layer.kernel_scale,
-                layer.kernel_zero,
-                layer.kernel_col_sum,
+                layer.weight_packed,
+                layer.weight_scale,
+                layer.weight_zero_point,
+                layer.col_sum,
                 bias,
                 weights.bits,
                 x.dtype,

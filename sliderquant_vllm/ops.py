@@ -38,18 +38,23 @@ _reference_keys: set[str] = set()
 
 
 def load() -> None:
-    """Make ``torch.ops.sliderquant`` available; idempotent. ``SLIDERQUANT_NATIVE=0``: references."""
+    """Make ``torch.ops.sliderquant`` available; idempotent. ``SLIDERQUANT_NATIVE=0``: references.
+
+    Raises:
+        RuntimeError: SLIDERQUANT_ISA names kernels that this machine and build cannot run.
+    """
     global _library
     if _library is not None:
         return
-    native = next(Path(__file__).parent.glob("_C*.so"), None)
-    if native is not None and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
+    native = Path(__file__).parent / "_C.abi3.so"
+    if native.exists() and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
+        host().isa()  # a wrong SLIDERQUANT_ISA fails here, not in the first forward pass
         torch.ops.load_library(str(native))
-        _library = torch.library.Library("sliderquant", "FRAGMENT")
+        library = torch.library.Library("sliderquant", "FRAGMENT")
     else:
-        _library = torch.library.Library("sliderquant", "DEF")
+        library = torch.library.Library("sliderquant", "DEF")
         for name, schema in SCHEMAS.items():
-            _library.define(name + schema)
+            library.define(name + schema)
     references = {
         "wna16_gemm": wna16_gemm_reference,
         "quantize_per_token": quantize_per_token_reference,
@@ -60,9 +65,10 @@ def load() -> None:
             continue
         _reference_keys.add(key)
         for name, reference in references.items():
-            _library.impl(name, reference, key)
+            library.impl(name, reference, key)
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"sliderquant::{name}", fake, lib=_library)
+        torch.library.register_fake(f"sliderquant::{name}", fake, lib=library)
+    _library = library  # last: a failure midway leaves nothing that passes for loaded
 
 
 def is_native(device: torch.device | str) -> bool:

@@ -92,7 +92,7 @@ def write_dequantized(quantized_dir: str | Path, out_dir: str | Path, dtype: tor
 
 
 def write_random_qwen2(
-    out_dir: str | Path, tokenizer_dir: str | Path = TINY_LLAMA, tied: bool = True, seed: int = 0
+    out_dir: str | Path, tokenizer_dir: str | Path = TINY_LLAMA, tied: bool = True, seed: int = 0, kv_heads: int = 2
 ) -> Path:
     """A random Qwen2 (biases on q, k and v) of tiny-llama's sizes, with the tokenizer of a directory."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -104,7 +104,7 @@ def write_random_qwen2(
         intermediate_size=384,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
         dtype="bfloat16",
@@ -189,11 +189,11 @@ class ReferenceLinear(torch.nn.Module):
     def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: LinearScheme):
         super().__init__()
         self.scheme = scheme
-        self.packed = tensors["weight_packed"]
         _, scale, zero_point = unpack_linear(tensors, scheme.weights)
-        self.scale = scale.float().T.contiguous()
-        self.zero = None if zero_point is None else zero_point.T.contiguous()
-        self.bias = tensors["bias"].float() if "bias" in tensors else None
+        self.register_buffer("packed", tensors["weight_packed"])
+        self.register_buffer("scale", scale.float().T.contiguous())
+        self.register_buffer("zero", None if zero_point is None else zero_point.T.contiguous())
+        self.register_buffer("bias", tensors["bias"].float() if "bias" in tensors else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, activations = self.scheme.weights, self.scheme.activations

@@ -12,7 +12,7 @@ from sliderquant_vllm import ops
 from sliderquant_vllm.format import pack_codes
 
 PACKAGE = Path(ops.__file__).parent
-LIBRARY = next(PACKAGE.glob("_C*.so"), None)
+LIBRARY = PACKAGE / "_C.abi3.so"
 
 
 @dataclass

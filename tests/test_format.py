@@ -300,7 +300,9 @@ def test_fused_parts_that_disagree(ignore, override):
     [
         (WeightScheme(4), (32, 64), None),
         (WeightScheme(4, 128), (32, 64), ["128", "64"]),
-        (WeightScheme(3), (32, 48), ["48", "3 bits"]),
+        (WeightScheme(3), (32, 48), ["48", "multiple of 32"]),
+        (WeightScheme(4), (32, 48), ["48", "multiple of 32"]),
+        (WeightScheme(8, symmetric=True), (32, 4), ["4", "multiple of 32"]),
         (WeightScheme(3), (48, 32), ["48", "zero points"]),
         (WeightScheme(3, symmetric=True), (48, 32), None),
     ],
@@ -309,6 +311,16 @@ def test_shapes_that_cannot_be_stored(scheme, shape, words):
     problem = scheme.shape_problem(*shape)
     assert (problem is None) == (words is None)
     assert all(word in problem for word in words or ())
+    assert LinearScheme(scheme).shape_problem(*shape) == problem
+
+
+def test_integer_sums_stay_within_int32():
+    weights = WeightScheme(8)
+    integer = LinearScheme(weights, ActivationScheme(4))
+    assert integer.shape_problem(32, 33024) is None
+    assert "more than the 33025 of which 8-bit" in integer.shape_problem(32, 33056)
+    assert LinearScheme(weights).shape_problem(32, 33056) is None
+    assert "multiple of 32" in integer.shape_problem(32, 48)
 
 
 def assert_one_line_with(caught, words):

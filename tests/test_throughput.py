@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +81,39 @@ def test_models_take_turns_and_medians_are_reported(quantized, tmp_path, monkeyp
     assert report["settings"]["rounds"] == 2
     assert (output / "throughput.png").stat().st_size > 5000
     assert "4.50x" in capsys.readouterr().out
+
+
+@pytest.fixture
+def engine_clock(monkeypatch):
+    """vLLM replaced by a clock: ``engine_clock(seconds of each generation)`` gives what ``measure`` returns."""
+    started = {}
+
+    def measure(durations: list[float]):
+        clock, durations = [0.0], iter(durations)
+
+        class Engine:
+            def __init__(self, model, **arguments):
+                started.update(arguments)
+                self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 8))
+
+            def generate(self, prompts, sampling, use_tqdm):
+                clock[0] += next(durations)
+
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+        settings = {"dtype": "bfloat16", "tensor_parallel_size": 1, "enforce_eager": True}
+        lengths = {"batch_sizes": [2], "input_len": 10, "output_len": 5, "repeats": 2}
+        return throughput.measure({"model": "m"} | settings | lengths), started
+
+    return measure
+
+
+def test_samples_and_those_that_say_nothing(engine_clock):
+    rates, arguments = engine_clock([9.0, 1.0, 3.0, 2.0, 2.0])
+    assert rates == {"2": {"prefill": [20.0], "decode": [4.0]}}
+    assert arguments["max_num_batched_tokens"] == 20
+    with pytest.raises(throughput.UserError, match="batch size 2: .*5 tokens.*--repeats"):
+        engine_clock([9.0, 1.0, 1.0, 2.0, 1.5])
 
 
 def test_a_failed_engine_is_reported_with_its_cause(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serving.engine import set_environment
+from tests.serving.engine import Score, set_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,9 +57,9 @@ def in_engine(engine_env) -> Callable:
 
 @pytest.fixture
 def fresh_engine(engine_env, tmp_path) -> Callable:
-    """``fresh_engine(model, env, **engine_args)``: log-probabilities and stderr of a process of its own."""
+    """``fresh_engine(model, env, **engine_args)``: the score from a process of its own."""
 
-    def run(model: Path, env: dict[str, str] | None = None, **engine_args) -> tuple[torch.Tensor, str]:
+    def run(model: Path, env: dict[str, str] | None = None, **engine_args) -> Score:
         output = tmp_path / "logprobs.pt"
         command = [sys.executable, "-m", "tests.serving.engine", str(model), "--output", str(output)]
         process = subprocess.run(
@@ -71,6 +71,6 @@ def fresh_engine(engine_env, tmp_path) -> Callable:
             timeout=300,
         )
         assert process.returncode == 0, process.stderr[-4000:]
-        return torch.load(output, weights_only=True), process.stderr
+        return Score(torch.load(output, weights_only=True))
 
     return run

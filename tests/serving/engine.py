@@ -104,7 +104,7 @@ def _checked_linears(model: str | Path) -> Iterator[dict[str, float]]:
         for part in FUSED_MODULES.get(leaf, (leaf,)):
             name = f"{stem}.{part}"
             tensors = {suffix: reader.tensor(f"{name}.{suffix}") for suffix in modules[name]}
-            expected.append(ReferenceLinear(tensors, config.scheme_for(name))(x))
+            expected.append(ReferenceLinear(tensors, config.scheme_for(name)).to(x.device)(x))
         error = relative_error(y, torch.cat(expected, -1))
         errors[method.prefix] = max(errors.get(method.prefix, 0.0), error)
         return y

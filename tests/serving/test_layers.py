@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.common import relative_error
 from sliderquant_vllm.checkpoint import validate_checkpoint
-from sliderquant_vllm.format import FormatError, Override, QuantizationConfig, WeightScheme
-from tests.helpers import TINY_LLAMA, write_rtn_checkpoint
+from sliderquant_vllm.format import FormatError, Override, QuantizationConfig, WeightScheme, dequantize, pack_linear
+from tests.helpers import TINY_LLAMA, round_to_nearest, write_rtn_checkpoint
 
 pytest.importorskip("vllm")
 
@@ -106,7 +107,7 @@ def test_a_config_of_another_model(tmp_path, part, fields):
     "weights, rank_inputs, rank_outputs, words",
     [
         (WeightScheme(4, 128), 64, [128], ["group_size 128", "64 input channels"]),
-        (WeightScheme(3), 80, [128], ["80 input channels of 3 bits"]),
+        (WeightScheme(3), 80, [128], ["80 input channels", "multiple of 32"]),
         (WeightScheme(4), 128, [128, 4, 4], ["part 1", "4 zero points of 4 bits"]),
     ],
 )
@@ -124,10 +125,101 @@ def test_ranks_that_end_between_words_or_groups(weights, rank_inputs, rank_outpu
     assert "\n" not in message
 
 
-def test_a_part_that_was_never_loaded():
-    method = SliderQuantLinearMethod(config().checkpoint.scheme_for("a"), f"{ATTENTION}.o_proj")
-    layer = torch.nn.Module()
-    layer.weight_packed = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.int32), requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(torch.tensor([[1.0]] * 7 + [[torch.nan]]))
-    with pytest.raises(FormatError, match=r"o_proj: .*missing or NaN.*python -m sliderquant_vllm"):
-        method.process_weights_after_loading(layer)
+@pytest.fixture
+def single_rank(monkeypatch):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    for module in (parameter, linear):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
+    vllm_config = VllmConfig()
+    with set_current_vllm_config(vllm_config):
+        yield vllm_config
+
+
+def qkv_layer(scheme: WeightScheme):
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    quantization = SliderQuantConfig(QuantizationConfig(scheme))
+    return QKVParallelLinear(64, 32, 2, 1, bias=False, quant_config=quantization, prefix=f"{ATTENTION}.qkv_proj")
+
+
+def load(layer, scheme: WeightScheme, without: tuple[str, str] | None = None, change=lambda tensors: None):
+    """Give a layer what a checkpoint holds, as vLLM does; returns the dequantized weight."""
+    dense = []
+    for part, rows in (("q", 64), ("k", 32), ("v", 32)):
+        codes, scale, zero_point = round_to_nearest(torch.randn(rows, 64), scheme)
+        dense.append(dequantize(codes, scale, zero_point, scheme))
+        tensors = pack_linear(codes, scale, zero_point, scheme)
+        change(tensors)
+        for name, tensor in tensors.items():
+            if (part, name) != without:
+                parameter = getattr(layer, name)
+                parameter.weight_loader(parameter, tensor, part)
+    return torch.cat(dense)
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(4, 32), WeightScheme(3, symmetric=True)], ids=str)
+def test_loaded_tensors_become_kernel_tensors_of_the_same_name(single_rank, scheme):
+    layer = qkv_layer(scheme)
+    dense = load(layer, scheme)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(type(parameter) is torch.nn.Parameter for parameter in layer.parameters())
+    assert {"weight_packed", "weight_scale"} <= dict(layer.named_parameters()).keys()
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    assert relative_error(layer.quant_method.apply(layer, x), x.float() @ dense.T) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_zero_point"])
+def test_a_part_that_is_not_in_the_checkpoint(single_rank, name):
+    scheme = WeightScheme(4)
+    layer = qkv_layer(scheme)
+    load(layer, scheme, without=("k", name))
+    found = rf"qkv_proj\.{name}: expected the tensors of 3 parts.*found only q, v; .*python -m sliderquant_vllm"
+    with pytest.raises(FormatError, match=found):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_scales_that_are_not_finite(single_rank):
+    scheme = WeightScheme(4)
+    layer = qkv_layer(scheme)
+    load(layer, scheme, change=lambda tensors: tensors["weight_scale"][0].fill_(torch.nan))
+    with pytest.raises(FormatError, match=r"qkv_proj\.weight_scale: expected finite.*python -m sliderquant_vllm"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_random_weights_need_no_checkpoint(single_rank):
+    from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+
+    scheme = WeightScheme(4)
+    with pytest.raises(FormatError, match=r"found none"):
+        layer = qkv_layer(scheme)
+        layer.quant_method.process_weights_after_loading(layer)
+    single_rank.load_config.load_format = "dummy"
+    layer = qkv_layer(scheme)
+    for parameter in layer.parameters():
+        initialize_single_dummy_weight(parameter)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(4), WeightScheme(4, symmetric=True)], ids=str)
+def test_weights_can_be_loaded_anew(single_rank, scheme):
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    layer = qkv_layer(scheme)
+    record_metadata_for_reloading(layer)
+    load(layer, scheme)
+    layer.quant_method.process_weights_after_loading(layer)
+    served = layer.weight_packed
+    initialize_layerwise_reload(layer)
+    dense = load(layer, scheme)
+    finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+    assert layer.weight_packed is served
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    assert relative_error(layer.quant_method.apply(layer, x), x.float() @ dense.T) < 5e-3

@@ -16,7 +16,7 @@ from tests.helpers import (
     write_random_qwen2,
     write_rtn_checkpoint,
 )
-from tests.serving.engine import Score, assert_same, score, start_error
+from tests.serving.engine import assert_same, score, start_error
 
 # Every kind of parameter that tensor parallelism splits, in parts that still fill words with two ranks.
 MIXED = (
@@ -63,13 +63,28 @@ def test_biases_with_quantized_activations(in_engine, tmp_path):
     assert max(found.errors.values()) < 1e-4, found.errors
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-def test_two_ranks(in_engine, fresh_engine, mixed):
-    one = in_engine(score, mixed, check_linears=True, dtype="float16")
-    assert len(one.errors) == 12 * 4 - 5
+@pytest.fixture(scope="module")
+def one_kv_head(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one-kv-head")
+    return write_rtn_checkpoint(
+        write_random_qwen2(directory / "qwen2", kv_heads=1), directory / "quantized", WeightScheme(4, 32)
+    )
+
+
+CORES = sorted(os.sched_getaffinity(0))
+RANKS = torch.cuda.device_count() if torch.cuda.is_available() else len(CORES)
+
+
+@pytest.mark.skipif(RANKS < 2, reason="two ranks need two cores, or two GPUs where there is one")
+@pytest.mark.parametrize(("model", "linears"), [("mixed", 12 * 4 - 5), ("one_kv_head", 3 * 4)])
+def test_two_ranks(request, in_engine, fresh_engine, model, linears):
+    quantized = request.getfixturevalue(model)
+    one = in_engine(score, quantized, check_linears=True, dtype="float16")
+    assert len(one.errors) == linears
     assert max(one.errors.values()) < 5e-4, one.errors
-    two, _ = fresh_engine(mixed, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, dtype="float16")
-    assert_same(Score(two), one)
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, CORES[:2]))}
+    two = fresh_engine(quantized, cores, tensor_parallel_size=2, dtype="float16")
+    assert_same(two, one)
 
 
 def remove(name):

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sliderquant_vllm import ops
 from sliderquant_vllm.format import ActivationScheme, Override, WeightScheme
 from tests.helpers import TINY_LLAMA, write_rtn_checkpoint
 from tests.serving.engine import Score, assert_same, score, windows
 
 START_SECONDS = 240
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_KERNELS = f"no native {DEVICE.upper()} kernels"
 
 
 @contextlib.contextmanager
@@ -94,17 +97,11 @@ def test_named_method_eager_without_native_kernels(engine_env, quantized, expect
     log = tmp_path / "log"
     with served(quantized, env, log, "--quantization", "sliderquant", "--enforce-eager") as client:
         assert_same(served_logprobs(client, quantized), expected)
-    assert log.read_text().count("no native CPU kernels") == 1
+    assert log.read_text().count(NO_KERNELS) == 1
 
 
 def test_unnamed_method_compiled(engine_env, quantized, expected, tmp_path):
     log = tmp_path / "log"
     with served(quantized, engine_env, log) as client:
         assert_same(served_logprobs(client, quantized), expected)
-    assert "no native CPU kernels" not in log.read_text() or not native_is_built()
-
-
-def native_is_built() -> bool:
-    import sliderquant_vllm
-
-    return any(Path(sliderquant_vllm.__file__).parent.glob("_C*.so"))
+    assert (NO_KERNELS not in log.read_text()) == ops.is_native(DEVICE)
