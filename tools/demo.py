@@ -107,7 +107,7 @@ def _stop(server: subprocess.Popen) -> None:
     """End the server and its children: politely, then, whatever happens meanwhile, the whole process group."""
     try:
         if server.poll() is None:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
             server.wait(timeout=20)
     except subprocess.TimeoutExpired:
         pass

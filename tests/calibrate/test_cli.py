@@ -201,6 +201,8 @@ def test_a_stopped_run_leaves_nothing_half_written(tmp_path, text_file, how):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # Where the tests run in the background of a shell, children inherit that an interrupt is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in run.stderr:
         if "12 blocks" in line:
