@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: builds for it, runs every op on it against float64, then the same
+# under compute-sanitizer where there is one.
+#
+#   benchmarks/device.sh [--out DIR]        DIR receives the logs (default: device-output)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=device-output
+case "${1:-}" in
+  --out) out=${2:?"--out: expected a directory"} ;;
+  "") ;;
+  *) echo "device.sh: unknown argument $1; usage: benchmarks/device.sh [--out DIR]" >&2; exit 2 ;;
+esac
+python=${PYTHON:-python3}
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "device.sh: $python's torch sees no GPU; run it where one is, or name another interpreter with PYTHON" >&2
+  exit 2
+}
+mkdir -p "$out"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
+
+SLIDERQUANT_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} "$python" setup.py -q build_ext --inplace 2>&1 | tee "$out/build.log"
+"$python" -m pytest -q tests/test_ops_cuda.py 2>&1 | tee "$out/ops.log"
+if command -v compute-sanitizer >/dev/null; then
+  compute-sanitizer --error-exitcode 1 "$python" -m pytest -q -x tests/test_ops_cuda.py 2>&1 | tee "$out/sanitizer.log"
+else
+  echo "device.sh: no compute-sanitizer on PATH, memory checks left out" | tee "$out/sanitizer.log"
+fi
