@@ -91,12 +91,13 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         # A fixed place, not setuptools' temporary one: a second build compiles only what changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        torch, pybind11, nvcc = package_dir("torch"), package_dir("pybind11"), find_nvcc()
+        torch, nvcc = package_dir("torch"), find_nvcc()
         archs = os.environ.get("SLIDERQUANT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
         options = {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "SLIDERQUANT_TORCH": torch,
-            "SLIDERQUANT_PYTHON_INCLUDES": f"{sysconfig.get_path('include')};{pybind11 / 'include'}",
+            # torch ships the headers of pybind11.
+            "SLIDERQUANT_PYTHON_INCLUDES": f"{sysconfig.get_path('include')};{torch / 'include'}",
             "SLIDERQUANT_CUDA": "ON" if nvcc else "OFF",
         }
         if nvcc:

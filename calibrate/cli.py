@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
     device = _device(arguments.device)
     model = Model(resolve_model(arguments.model), recipe, device)
@@ -152,8 +152,6 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
         f"{recipe.nsamples} x {recipe.seqlen} tokens, on {device}",
-        highlight=False,
-        soft_wrap=True,
     )
     try:
         with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
@@ -170,8 +168,6 @@ def run(arguments: argparse.Namespace) -> None:
         found = calibration["perplexity"]
         console.print(
             f"perplexity: 16-bit {found['16-bit']:.3f}, quantized {found['quantized']:.3f}",
-            highlight=False,
-            soft_wrap=True,
         )
     with console.status("writing and checking") as status:
         export(
@@ -186,8 +182,6 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"wrote and checked {arguments.output_dir} in {time.monotonic() - started:.0f} s; "
         f"serve it with: vllm serve {arguments.output_dir} --quantization sliderquant",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

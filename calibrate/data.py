@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrate.errors import UserError
+from calibrate.errors import UserError, first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 TEXT_FIELDS = ("text", "content")
@@ -76,10 +76,9 @@ def hub_texts(dataset: str, split: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--dataset {dataset}: neither a local file, directory or glob, nor a dataset that the hub gave "
-            f"({reason}); name local text, for example --dataset 'texts/*.txt'"
+            f"({first_line(error)}); name local text, for example --dataset 'texts/*.txt'"
         ) from None
 
 

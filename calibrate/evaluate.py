@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from calibrate.errors import UserError
 from calibrate.model import Model
-from calibrate.pipeline import Calibrated, run_in_place
+from calibrate.pipeline import Calibrated, finished_block, run_in_place
 
 
 @torch.no_grad()
@@ -27,10 +27,10 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated
     position_embeddings = model.position_embeddings(seqlen)
     hidden = model.embed(windows)
     for index in range(model.blocks):
-        block = model.block(index)
-        if calibrated is not None:
-            block.load_learned(calibrated.states.get(index, block.learned_state()))
-            block.snap_scales(model.dtype)
+        if calibrated is None:
+            block = model.block(index)
+        else:
+            block = finished_block(model, calibrated, index)
             block.prepare(ratio=1.0)
         run_in_place(block, hidden, position_embeddings, model.recipe.batch_size)
     total = 0.0

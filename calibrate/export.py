@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibrate.model import Model
-from calibrate.pipeline import Calibrated
+from calibrate.pipeline import Calibrated, finished_block
 from calibrate.report import model_card
 from sliderquant_vllm.checkpoint import staging_directory, validate_checkpoint
 from sliderquant_vllm.format import FormatError, dequantize, pack_linear, unpack_linear
@@ -48,18 +48,10 @@ def export(
         check(model, calibrated, staging)
 
 
-def _finished_block(model: Model, calibrated: Calibrated, index: int):
-    block = model.block(index)
-    if index in calibrated.states:
-        block.load_learned(calibrated.states[index])
-    block.snap_scales(model.dtype)
-    return block
-
-
 def _tensors(model: Model, calibrated: Calibrated, on_block: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", model.embedding.to(model.dtype)
     for index in range(model.blocks):
-        block = _finished_block(model, calibrated, index)
+        block = finished_block(model, calibrated, index)
         codes, others = block.quantized()
         for path, (code, scale, zero_point) in codes.items():
             scheme = block.linears[path].scheme.weights
@@ -78,18 +70,15 @@ def check(model: Model, calibrated: Calibrated, directory: Path) -> None:
     """Validate a written checkpoint and compare every dequantized weight with the one that was calibrated."""
     validate_checkpoint(directory, data=True)
     reader = Reader(directory)
+    modules = reader.modules()
     for index in range(model.blocks):
-        block = _finished_block(model, calibrated, index)
+        block = finished_block(model, calibrated, index)
         block.prepare(ratio=1.0)
         for path, linear in block.linears.items():
             if linear.scheme is None:
                 continue
             name = f"{block.name}.{path}"
-            tensors = {
-                header.removeprefix(f"{name}."): reader.tensor(header)
-                for header in reader.headers
-                if header.startswith(f"{name}.weight")
-            }
+            tensors = {suffix: reader.tensor(f"{name}.{suffix}") for suffix in modules[name]}
             codes, scale, zero_point = unpack_linear(tensors, linear.scheme.weights)
             stored = dequantize(codes, scale.float(), zero_point, linear.scheme.weights)
             calibrated_weight = linear.computed[0].cpu()

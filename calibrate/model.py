@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from calibrate.blocks import FAMILIES, BlockLayout, CalibrationBlock, rotate_block
-from calibrate.errors import UserError
+from calibrate.errors import UserError, first_line
 from calibrate.recipe import Recipe
 from calibrate.transforms import Rotation, fold_norm
 from sliderquant_vllm.format import FUSED_MODULES, LinearScheme, QuantizationConfig, matches
@@ -58,10 +58,9 @@ def resolve_model(name: str) -> Path:
             )
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--model {name}: no such directory, and the hub did not give it ({reason}); name a model directory, "
-            f"a hub id, or one of {', '.join(SHORT_NAMES)}"
+            f"--model {name}: no such directory, and the hub did not give it ({first_line(error)}); name a model "
+            f"directory, a hub id, or one of {', '.join(SHORT_NAMES)}"
         ) from None
 
 

@@ -50,6 +50,15 @@ def passes(recipe, blocks: int) -> list[list[Pass]]:
     return [[Pass(window, ratio, epochs) for window in windows] for ratio, epochs in stages]
 
 
+def finished_block(model: Model, calibrated: Calibrated, index: int) -> CalibrationBlock:
+    """A block with what it learned, its norm scales where the served dtype holds them exactly."""
+    block = model.block(index)
+    if index in calibrated.states:
+        block.load_learned(calibrated.states[index])
+    block.snap_scales(model.dtype)
+    return block
+
+
 class _Sweep:
     """The two streams of one sweep: quantized inputs at the window's start, 16-bit targets at its end.
 
