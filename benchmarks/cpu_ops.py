@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sliderquant_vllm import ops
-from sliderquant_vllm.format import pack_codes
+from sliderquant_vllm.packing import pack_codes
 
 GROUP_SIZE = 128
 BASE_ROWS = 1024  # weights repeat after so many output channels: preparing them stays fast, reading them costs the same

@@ -23,8 +23,9 @@ from sliderquant_vllm.format import (
     FormatError,
     LinearScheme,
     QuantizationConfig,
-    expected_tensors,
+    matches,
 )
+from sliderquant_vllm.packing import expected_tensors
 from sliderquant_vllm.shards import Reader, TensorHeader, read_json, write_shards
 
 __all__ = ["Linear", "Summary", "read_config", "staging_directory", "validate_checkpoint", "write_shards"]
@@ -35,12 +36,16 @@ BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One quantized linear [out_features, in_features] and the bytes that it takes in the checkpoint."""
+    """One quantized linear [out_features, in_features] and the bytes that it takes in the checkpoint.
+
+    ``has_bias`` tells of the bias that its architecture has, ``scheme.added_bias`` of another.
+    """
 
     scheme: LinearScheme
     out_features: int
     in_features: int
     nbytes: int
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     """Check every linear of a checkpoint against its config.
 
     Reads headers and the 16 bytes of each ``weight_shape``: seconds for a 70B model. With ``data`` also
-    reads every scale and compares the SHA-256 of the shards.
+    reads every scale and added bias and compares the SHA-256 of the shards.
 
     Raises:
         FormatError: one line that names the tensor or file, what was expected, what was found, what to do.
@@ -81,7 +86,13 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     linears = {}
     for module, tensors in modules.items():
         scheme = config.scheme_for(module)
-        if any(suffix.startswith("weight_") for suffix in tensors):
+        quantized = any(suffix.startswith("weight_") for suffix in tensors)
+        if "added_bias" in tensors and not (quantized and scheme is not None and scheme.added_bias):
+            raise FormatError(
+                f"{module}.added_bias: 'added_bias' names no quantized linear {module}, found the tensor in "
+                f"{tensors['added_bias'].file}; correct 'quantization_config', or quantize the model again"
+            )
+        if quantized:
             if scheme is None:
                 name = next(suffix for suffix in tensors if suffix.startswith("weight_"))
                 raise FormatError(
@@ -97,10 +108,13 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     if not linears:
         raise FormatError(f"{directory}: expected quantized linears, found none; quantize the model again")
     _check_fused(config, modules, linears)
+    _check_patterns(config, linears)
     if data:
         reader.check_digests()
-        for module in linears:
+        for module, linear in linears.items():
             _check_scales(f"{module}.weight_scale", reader)
+            if linear.scheme.added_bias:
+                _check_finite(f"{module}.added_bias", reader)
     return Summary(linears, sum(header.nbytes for header in reader.headers.values()))
 
 
@@ -129,16 +143,25 @@ def _check_linear(reader: Reader, module: str, tensors: Mapping[str, TensorHeade
         raise FormatError(f"{module}: cannot be {scheme}: {problem}; choose another scheme, or add it to 'ignore'")
     expected = expected_tensors(scheme.weights, out_features, in_features)
     for suffix, (shape, dtypes) in expected.items():
-        check(suffix, shape, dtypes, f"{scheme} {sizes}")
+        check(suffix, shape, dtypes, f"{sizes} as {scheme}")
+    if scheme.added_bias:
+        check("added_bias", (out_features,), BIAS_DTYPES, f"{out_features} output channels")
     if "bias" in tensors:
         check("bias", (out_features,), BIAS_DTYPES, f"{out_features} output channels")
+        if scheme.added_bias:
+            raise FormatError(
+                f"{module}.added_bias: expected only where the architecture has no bias, found {module}.bias beside it "
+                f"in {tensors['bias'].file}; add the one to the other, or quantize the model again"
+            )
     for suffix, header in tensors.items():
         if suffix.startswith("weight") and suffix not in expected:
             raise FormatError(
                 f"{module}.{suffix}: {scheme} has only {', '.join(sorted(expected))}, found this one too in "
                 f"{header.file}; correct 'quantization_config', or quantize the model again"
             )
-    return Linear(scheme, out_features, in_features, sum(tensors[suffix].nbytes for suffix in expected))
+    counted = [*expected, "added_bias"] if scheme.added_bias else expected
+    nbytes = sum(tensors[suffix].nbytes for suffix in counted)
+    return Linear(scheme, out_features, in_features, nbytes, has_bias="bias" in tensors)
 
 
 def _check_fused(config: QuantizationConfig, modules: Iterable[str], linears: Mapping[str, Linear]) -> None:
@@ -154,6 +177,25 @@ def _check_fused(config: QuantizationConfig, modules: Iterable[str], linears: Ma
                     f"{stem}.{fused}: its parts run as one matrix product and need one input size, "
                     f"found {sizes}; quantize the model again"
                 )
+
+
+def _check_patterns(config: QuantizationConfig, linears: Iterable[str]) -> None:
+    """A slip in a name would leave a rotated weight with an input that is not; no tensor tells of that."""
+    for where, pattern in config.patterns():
+        if where in ("online_hadamard", "added_bias") and not any(matches(pattern, name) for name in linears):
+            raise FormatError(
+                f"quantization_config.{where}: expected patterns of quantized linears, found {pattern!r}, which "
+                "matches none; correct 'quantization_config', or quantize the model again"
+            )
+
+
+def _check_finite(name: str, reader: Reader) -> None:
+    bad = ~torch.isfinite(reader.tensor(name))
+    if bad.any():
+        raise FormatError(
+            f"{name}: expected finite numbers, found others at {bad.nonzero().flatten()[:3].tolist()} "
+            f"({int(bad.sum())} such) in {reader.headers[name].file}; quantize the model again"
+        )
 
 
 def _check_scales(name: str, reader: Reader) -> None:

@@ -60,21 +60,21 @@ class SliderQuantConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Give exact names the form of the served model; ``re:`` patterns are left as they are."""
 
-        def mapped(patterns: Iterable[str]) -> list[str]:
-            return [
-                name
-                for pattern in patterns
-                for name in ([pattern] if pattern.startswith("re:") else hf_to_vllm_mapper.apply_list([pattern]))
-            ]
+        def mapped(pattern: str) -> list[str]:
+            return [pattern] if pattern.startswith("re:") else hf_to_vllm_mapper.apply_list([pattern])
+
+        def names(patterns: Iterable[str]) -> tuple[str, ...]:
+            return tuple(name for pattern in patterns for name in mapped(pattern))
+
+        def entries(fields: Iterable) -> tuple:
+            return tuple(replace(entry, match=name) for entry in fields for name in mapped(entry.match))
 
         self.checkpoint = replace(
             self.checkpoint,
-            ignore=tuple(mapped(self.checkpoint.ignore)),
-            overrides=tuple(
-                replace(override, match=name)
-                for override in self.checkpoint.overrides
-                for name in mapped([override.match])
-            ),
+            online_hadamard=entries(self.checkpoint.online_hadamard),
+            added_bias=names(self.checkpoint.added_bias),
+            ignore=names(self.checkpoint.ignore),
+            overrides=entries(self.checkpoint.overrides),
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -92,7 +92,7 @@ class SliderQuantConfig(QuantizationConfig):
             if scheme is None:
                 return compat.UnquantizedLinearMethod()
             self._check_sizes(prefix, layer.output_size, layer.input_size)
-            return linear.SliderQuantLinearMethod(scheme, prefix)
+            return linear.SliderQuantLinearMethod(scheme, prefix, self._biases(prefix))
         if isinstance(layer, compat.ParallelLMHead) and self.checkpoint.scheme_for(prefix) is not None:
             raise format.FormatError(
                 f"{prefix}: expected a 16-bit output layer, found {self.checkpoint.scheme_for(prefix)}; "
@@ -109,8 +109,7 @@ class SliderQuantConfig(QuantizationConfig):
         return {**format.FUSED_MODULES, **self.packed_modules_mapping}
 
     def _check_sizes(self, prefix: str, output_size: int, input_size: int) -> None:
-        stem, _, leaf = prefix.rpartition(".")
-        parts = [f"{stem}.{part}".lstrip(".") for part in self._fused().get(leaf, (leaf,))]
+        parts = format.parts_of(prefix, self._fused())
         for linear in (self.linears[part] for part in parts if part in self.linears):
             # A fused module is wider than any of its parts, and wider than their sum where heads are repeated.
             fits = linear.out_features == output_size or (len(parts) > 1 and linear.out_features < output_size)
@@ -119,6 +118,11 @@ class SliderQuantConfig(QuantizationConfig):
                     f"{prefix}: config.json describes [{output_size}, {input_size}], the checkpoint holds "
                     f"[{linear.out_features}, {linear.in_features}]; put the config.json beside it that it came with"
                 )
+
+    def _biases(self, prefix: str) -> dict[str, bool]:
+        """Part -> whether the checkpoint holds a bias for it; empty where its headers have not been read."""
+        parts = format.parts_of(prefix, self._fused())
+        return {part: self.linears[part].has_bias for part in parts if part in self.linears}
 
     def _ignores_experts(self, prefix: str) -> bool:
         return any(

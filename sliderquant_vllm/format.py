@@ -1,11 +1,6 @@
-"""The checkpoint format, version 1: config schema, bit packing, validation. Imports torch only.
+"""The checkpoint format, version 1: the schema of ``quantization_config`` and its validation.
 
-Bit packing: the codes of one row form a little-endian bit stream in which code ``k`` occupies bits
-``[bits*k, bits*k + bits)``, stored as int32 words. For 2, 4 and 8 bits this is byte for byte the
-``pack-quantized`` layout of compressed-tensors; for 3 bits it wastes nothing.
-
-Dequantization, the one formula: ``w[n, k] = (code[n, k] - zero_point[n, g]) * scale[n, g]`` with
-``g = k // group_size`` (0 when per channel); symmetric means ``zero_point = 2**(bits - 1)``.
+The tensors of a linear stand in ``sliderquant_vllm.packing``. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -16,17 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 FORMAT_VERSION = 1
 QUANT_METHOD = "sliderquant"
 WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
+HADAMARD_BLOCK_SIZES = tuple(2**power for power in range(1, 13))
 # What the kernels take: input channels in whole blocks (csrc/layout.h), integer sums within int32 (csrc/register.cpp).
 BLOCK_CODES = 32
 MAX_SUM, MAX_ACTIVATION_CODE = 2**31 - 1, 255
-SCALE_DTYPES = (torch.bfloat16, torch.float32)
 
 # Modules that a serving engine runs as one matrix product: their parts must share one scheme.
 FUSED_MODULES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -121,10 +114,18 @@ class ActivationScheme:
 
 @dataclass(frozen=True, slots=True)
 class LinearScheme:
-    """The whole scheme of one linear; ``activations`` None is weight-only."""
+    """The whole scheme of one linear.
+
+    Attributes:
+        activations: None is weight-only.
+        hadamard_block_size: the weight takes its input transformed in blocks of so many channels; None is as it comes.
+        added_bias: the checkpoint adds a bias where the architecture has none.
+    """
 
     weights: WeightScheme
     activations: ActivationScheme | None = None
+    hadamard_block_size: int | None = None
+    added_bias: bool = False
 
     def __post_init__(self):
         if self.activations is not None and self.weights.group_size != -1:
@@ -141,12 +142,19 @@ class LinearScheme:
                 f"its {in_features} input channels are more than the {limit} of which {self.weights.bits}-bit integer "
                 "sums stay within int32"
             )
+        if self.hadamard_block_size is not None and in_features % self.hadamard_block_size:
+            return (
+                f"block_size {self.hadamard_block_size} of 'online_hadamard' does not divide its {in_features} "
+                "input channels"
+            )
         return self.weights.shape_problem(out_features, in_features)
 
     def __str__(self) -> str:
         bits = f"W{self.weights.bits}A{self.activations.bits if self.activations else 16}"
         group = "" if self.weights.group_size == -1 else f" group {self.weights.group_size}"
-        return f"{bits}{group} {'symmetric' if self.weights.symmetric else 'asymmetric'}"
+        rotation = "" if self.hadamard_block_size is None else f", Hadamard {self.hadamard_block_size}"
+        bias = ", added bias" if self.added_bias else ""
+        return f"{bits}{group} {'symmetric' if self.weights.symmetric else 'asymmetric'}{rotation}{bias}"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -154,6 +162,12 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return pattern == name
+
+
+def parts_of(name: str, fused: Mapping[str, Iterable[str]] = FUSED_MODULES) -> list[str]:
+    """The names in the checkpoint of the parts of a served module; its own name where it is not fused."""
+    stem, _, leaf = name.rpartition(".")
+    return [f"{stem}.{part}".lstrip(".") for part in fused.get(leaf, (leaf,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +181,26 @@ class Override:
     def __post_init__(self):
         LinearScheme(self.weights, self.activations)
 
-    @property
-    def scheme(self) -> LinearScheme:
-        return LinearScheme(self.weights, self.activations)
+
+@dataclass(frozen=True, slots=True)
+class OnlineHadamard:
+    """The linears whose name matches compute ``W h(x)``; the first match wins.
+
+    ``h`` multiplies every run of ``block_size`` consecutive input channels by the orthonormal Walsh-Hadamard matrix
+    in Sylvester's order, before the input is quantized: ``sliderquant_vllm.ops.hadamard``.
+    """
+
+    match: str
+    block_size: int
+
+    def __post_init__(self):
+        _require_choice("block_size", self.block_size, HADAMARD_BLOCK_SIZES)
+
+    @classmethod
+    def from_dict(cls, where: str, fields: Mapping) -> OnlineHadamard:
+        _require_keys(where, fields, ("match", "block_size"))
+        with _place(where):
+            return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,23 +209,28 @@ class QuantizationConfig:
 
     weights: WeightScheme
     activations: ActivationScheme | None = None
-    online_hadamard: tuple = ()
+    online_hadamard: tuple[OnlineHadamard, ...] = ()
+    added_bias: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         LinearScheme(self.weights, self.activations)
-        if self.online_hadamard:
-            found = list(self.online_hadamard)
-            raise FormatError(f"online_hadamard: this version expects [], found {found!r}; install a newer version")
-        for pattern in (*self.ignore, *(override.match for override in self.overrides)):
+        for where, pattern in self.patterns():
             if not isinstance(pattern, str):
-                raise FormatError(f"ignore/overrides: expected a name or a 're:' pattern, found {pattern!r}")
+                raise FormatError(f"{where}: expected a name or a 're:' pattern, found {pattern!r}")
             try:
                 re.compile(pattern.removeprefix("re:"))
             except re.error as error:
-                raise FormatError(f"ignore/overrides: {pattern!r} is no valid pattern: {error}") from None
+                raise FormatError(f"{where}: {pattern!r} is no valid pattern: {error}") from None
+
+    def patterns(self) -> Iterator[tuple[str, str]]:
+        """(field, pattern) of everything that names modules."""
+        yield from (("ignore", pattern) for pattern in self.ignore)
+        yield from (("overrides", override.match) for override in self.overrides)
+        yield from (("online_hadamard", rotated.match) for rotated in self.online_hadamard)
+        yield from (("added_bias", pattern) for pattern in self.added_bias)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantizationConfig:
@@ -210,7 +246,8 @@ class QuantizationConfig:
                 "install the version of sliderquant-vllm that wrote it, or quantize the model again"
             )
         required = ("quant_method", "format_version", "weights", "activations")
-        _require_keys(where, fields, required, ("online_hadamard", "ignore", "overrides", "calibration"))
+        optional = ("online_hadamard", "added_bias", "ignore", "overrides", "calibration")
+        _require_keys(where, fields, required, optional)
         with _place(where):
             activations = ActivationScheme.from_dict("activations", fields["activations"])
             overrides = []
@@ -229,7 +266,11 @@ class QuantizationConfig:
             return cls(
                 weights=WeightScheme.from_dict("weights", fields["weights"]),
                 activations=activations,
-                online_hadamard=tuple(_list(fields, "online_hadamard")),
+                online_hadamard=tuple(
+                    OnlineHadamard.from_dict(f"online_hadamard[{index}]", entry)
+                    for index, entry in enumerate(_list(fields, "online_hadamard"))
+                ),
+                added_bias=tuple(_list(fields, "added_bias")),
                 ignore=tuple(_list(fields, "ignore")),
                 overrides=tuple(overrides),
                 calibration=calibration,
@@ -242,7 +283,8 @@ class QuantizationConfig:
             "format_version": FORMAT_VERSION,
             "weights": asdict(self.weights),
             "activations": asdict(self.activations) if self.activations else None,
-            "online_hadamard": list(self.online_hadamard),
+            "online_hadamard": [asdict(rotated) for rotated in self.online_hadamard],
+            "added_bias": list(self.added_bias),
             "ignore": list(self.ignore),
             "overrides": [asdict(override) for override in self.overrides],
             "calibration": dict(self.calibration),
@@ -252,10 +294,14 @@ class QuantizationConfig:
         """The scheme of the linear of this module name, None where it stays in 16 bits."""
         if any(matches(pattern, name) for pattern in self.ignore):
             return None
-        for override in self.overrides:
-            if matches(override.match, name):
-                return override.scheme
-        return LinearScheme(self.weights, self.activations)
+        own = next((override for override in self.overrides if matches(override.match, name)), self)
+        rotated = next((entry for entry in self.online_hadamard if matches(entry.match, name)), None)
+        return LinearScheme(
+            own.weights,
+            own.activations,
+            hadamard_block_size=rotated.block_size if rotated else None,
+            added_bias=any(matches(pattern, name) for pattern in self.added_bias),
+        )
 
     def scheme_for_fused(self, name: str, fused: Mapping[str, Iterable[str]] = FUSED_MODULES) -> LinearScheme | None:
         """The scheme of a module that may be a fused one. Raises FormatError where its parts disagree.
@@ -264,16 +310,14 @@ class QuantizationConfig:
             name: module name in the serving engine, such as ``model.layers.0.self_attn.qkv_proj``.
             fused: last component of a fused module -> last components of its parts in the checkpoint.
         """
-        stem, _, leaf = name.rpartition(".")
-        parts = [f"{stem}.{part}".lstrip(".") for part in fused.get(leaf, (leaf,))]
-        schemes = {part: self.scheme_for(part) for part in parts}
+        schemes = {part: self.scheme_for(part) for part in parts_of(name, fused)}
         if len(set(schemes.values())) > 1:
             found = ", ".join(f"{part}: {scheme or '16-bit'}" for part, scheme in schemes.items())
             raise FormatError(
                 f"{name}: its parts run as one matrix product and need one scheme, found {found}; "
-                "make the patterns of 'ignore' and 'overrides' treat them alike"
+                "make the patterns of 'ignore', 'overrides', 'online_hadamard' and 'added_bias' treat them alike"
             )
-        return schemes[parts[0]]
+        return next(iter(schemes.values()))
 
 
 @contextlib.contextmanager
@@ -290,118 +334,3 @@ def _list(fields: Mapping, key: str) -> list:
     if not isinstance(value, list | tuple):
         raise FormatError(f"{key}: expected a list, found {value!r}")
     return list(value)
-
-
-def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack unsigned codes along the last dimension.
-
-    Args:
-        codes: [..., K] any integer dtype, values in [0, 2**bits - 1].
-        bits: 2, 3, 4 or 8; ``K * bits`` must be a multiple of 32.
-
-    Returns:
-        int32 [..., K * bits / 32], the little-endian bit stream of each row.
-    """
-    count = codes.shape[-1]
-    if count * bits % 32:
-        raise FormatError(f"pack_codes: {count} codes of {bits} bits do not fill whole words")
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
-        found = [int(codes.min()), int(codes.max())]
-        raise FormatError(f"pack_codes: expected codes in [0, {2**bits - 1}], found {found}")
-    period, words = _period(bits)
-    lanes = codes.to(torch.int64).unflatten(-1, (count // period, period))
-    packed = torch.zeros(*lanes.shape[:-1], words + 1, dtype=torch.int64, device=codes.device)
-    for lane in range(period):
-        word, shift = divmod(lane * bits, 32)
-        shifted = lanes[..., lane] << shift
-        packed[..., word] |= shifted & 0xFFFFFFFF
-        packed[..., word + 1] |= shifted >> 32
-    return packed[..., :words].flatten(-2).to(torch.int32)
-
-
-def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Invert ``pack_codes``: int32 [..., W] -> uint8 [..., W * 32 / bits]."""
-    period, words = _period(bits)
-    if packed.shape[-1] % words:
-        raise FormatError(f"unpack_codes: {packed.shape[-1]} words are not a whole number of {bits}-bit rows")
-    stream = packed.to(torch.int64).unflatten(-1, (packed.shape[-1] // words, words)) & 0xFFFFFFFF
-    codes = torch.empty(*stream.shape[:-1], period, dtype=torch.uint8, device=packed.device)
-    for lane in range(period):
-        word, shift = divmod(lane * bits, 32)
-        value = stream[..., word] >> shift
-        if shift + bits > 32:
-            value = value | (stream[..., word + 1] << (32 - shift))
-        codes[..., lane] = value & (2**bits - 1)
-    return codes.flatten(-2)
-
-
-def _period(bits: int) -> tuple[int, int]:
-    """Smallest (codes, words) after which the bit stream is at a word boundary again."""
-    _require_choice("bits", bits, WEIGHT_BITS)
-    return (32, bits) if 32 % bits else (32 // bits, 1)
-
-
-def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: WeightScheme
-) -> torch.Tensor:
-    """``(codes - zero_point) * scale``.
-
-    Args:
-        codes: [N, K] unsigned.
-        scale: [N, G]; the result has its dtype.
-        zero_point: [N, G] unsigned, or None when symmetric.
-
-    Returns:
-        [N, K] in the dtype of ``scale``.
-    """
-    groups = scale.shape[1]
-    zero = scheme.symmetric_zero_point if zero_point is None else zero_point.to(torch.int32).unsqueeze(-1)
-    centred = codes.to(torch.int32).unflatten(1, (groups, -1)) - zero
-    return (centred.to(scale.dtype) * scale.unsqueeze(-1)).flatten(1)
-
-
-def pack_linear(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: WeightScheme
-) -> dict[str, torch.Tensor]:
-    """The tensors of one linear as they stand in a checkpoint, by suffix.
-
-    Args:
-        codes: [N, K] unsigned.
-        scale: [N, G] bf16 or fp32.
-        zero_point: [N, G] unsigned, None exactly when the scheme is symmetric.
-    """
-    if (zero_point is None) != scheme.symmetric:
-        raise FormatError(f"pack_linear: zero_point must be None exactly for a symmetric scheme, got {scheme}")
-    tensors = {
-        "weight_packed": pack_codes(codes, scheme.bits).contiguous(),
-        "weight_scale": scale.contiguous(),
-        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
-    }
-    if zero_point is not None:
-        tensors["weight_zero_point"] = pack_codes(zero_point.T, scheme.bits).T.contiguous()
-    return tensors
-
-
-def unpack_linear(
-    tensors: Mapping[str, torch.Tensor], scheme: WeightScheme
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Invert ``pack_linear``: (codes uint8 [N, K], scale [N, G], zero_point uint8 [N, G] or None)."""
-    zero_point = tensors.get("weight_zero_point")
-    if zero_point is not None:
-        zero_point = unpack_codes(zero_point.T, scheme.bits).T
-    return unpack_codes(tensors["weight_packed"], scheme.bits), tensors["weight_scale"], zero_point
-
-
-def expected_tensors(
-    scheme: WeightScheme, out_features: int, in_features: int
-) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Suffix -> (shape, allowed dtypes) of the tensors that a linear must have."""
-    groups = scheme.groups(in_features)
-    expected = {
-        "weight_packed": ((out_features, in_features * scheme.bits // 32), (torch.int32,)),
-        "weight_scale": ((out_features, groups), SCALE_DTYPES),
-        "weight_shape": ((2,), (torch.int64,)),
-    }
-    if not scheme.symmetric:
-        expected["weight_zero_point"] = ((out_features * scheme.bits // 32, groups), (torch.int32,))
-    return expected

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from fractions import Fraction
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from sliderquant_vllm.compat import (
     register_weight_loader_v2_supported_method,
     weights_are_random,
 )
-from sliderquant_vllm.format import FormatError, LinearScheme, unpack_codes
+from sliderquant_vllm.format import FormatError, LinearScheme
+from sliderquant_vllm.packing import unpack_codes
 
-CHECKPOINT_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+CHECKPOINT_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "added_bias")
+REMEDY = "check the checkpoint with 'python -m sliderquant_vllm DIR'"
 ALL_PARTS = None  # how vLLM's loaders name a tensor that is not one part of a fused module
 
 
@@ -45,11 +48,17 @@ def recording(loader: MethodType) -> MethodType:
 
 @register_weight_loader_v2_supported_method
 class SliderQuantLinearMethod(LinearMethodBase):
-    """One linear or fused module under one scheme: weight-only, or integer with quantized activations."""
+    """One linear or fused module under one scheme: weight-only, or integer with quantized activations.
 
-    def __init__(self, scheme: LinearScheme, prefix: str):
+    Args:
+        prefix: module name in the served model.
+        biases: part of the module -> whether the checkpoint holds a bias for it; empty where that is not known.
+    """
+
+    def __init__(self, scheme: LinearScheme, prefix: str, biases: Mapping[str, bool] = MappingProxyType({})):
         self.scheme = scheme
         self.prefix = prefix
+        self.biases = biases
 
     def create_weights(
         self,
@@ -64,18 +73,20 @@ class SliderQuantLinearMethod(LinearMethodBase):
         """Parameters in checkpoint layout, which vLLM fills with this rank's part of each part's tensors.
 
         Raises:
-            FormatError: the parts of this rank do not end at word or group boundaries.
+            FormatError: the parts of this rank do not end at word, group or Hadamard block boundaries.
         """
         ops.load()
         weights = self.scheme.weights
+        inputs_are_split = input_size_per_partition != input_size
         for part, size in enumerate(output_partition_sizes):
             if problem := self.scheme.shape_problem(size, input_size_per_partition):
                 tp_size = getattr(layer, "tp_size", 1)
+                working = self._row_splits(size, input_size) if inputs_are_split else ""
                 raise FormatError(
                     f"{self.prefix}: its weight [{output_size}, {input_size}] ({self.scheme}) cannot be "
                     f"split over tensor_parallel_size {tp_size}: part {part} of a rank is "
                     f"[{size}, {input_size_per_partition}], and {problem}; "
-                    "serve with a smaller tensor_parallel_size"
+                    f"serve with {f'tensor_parallel_size {working}' if working else 'a smaller tensor_parallel_size'}"
                 )
         out_features = sum(output_partition_sizes)
         groups = weights.groups(input_size_per_partition)
@@ -108,6 +119,13 @@ class SliderQuantLinearMethod(LinearMethodBase):
         layer.register_parameter("weight_scale", scale)
         if not weights.symmetric:
             layer.register_parameter("weight_zero_point", zero_point)
+        if self.scheme.added_bias:
+            # Split as scales per channel are: by output, and whole on every rank that has a part of the inputs.
+            added_bias = torch.zeros(out_features, dtype=torch.float32)
+            added_bias = ChannelQuantScaleParameter(data=added_bias, output_dim=0, weight_loader=loader)
+            layer.register_parameter("added_bias", added_bias)
+            # The ranks' results are summed, so only one of them adds it.
+            layer.adds_bias = not inputs_are_split or layer.tp_rank == 0
         shape = BasevLLMParameter(data=torch.zeros(2, dtype=torch.int64), weight_loader=loader)
         # Every part brings one: vLLM, when it loads anew, processes a layer as soon as so many elements have come.
         shape.weight_loader_numel = 2 * len(output_partition_sizes)
@@ -118,15 +136,23 @@ class SliderQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 getattr(layer, name).loaded_parts = loaded
 
+    def _row_splits(self, out_features: int, input_size: int) -> str:
+        """The numbers of ranks over which the input channels can be split; empty where there is none."""
+        sizes = (size for size in range(1, input_size + 1) if input_size % size == 0)
+        fitting = (size for size in sizes if not self.scheme.shape_problem(out_features, input_size // size))
+        return " or ".join(map(str, fitting))
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the checkpoint tensors of the layer by what the kernels take, under the same names.
 
         The names are those by which vLLM finds the device of a quantized layer.
 
         Raises:
-            FormatError: a tensor of the layer was not in the checkpoint, or has scales that are not finite.
+            FormatError: a tensor of the layer was not in the checkpoint, or has scales that are not finite; the
+                checkpoint and the architecture disagree about biases.
         """
         self._check_loaded(layer)
+        self._check_biases(layer)
         weights, activations = self.scheme.weights, self.scheme.activations
         packed = layer.weight_packed.data
         tensors = {
@@ -142,6 +168,8 @@ class SliderQuantLinearMethod(LinearMethodBase):
             # One scale per channel: [1, N] here, [N] for the integer kernels.
             for name in ("weight_scale", "weight_zero_point"):
                 tensors[name] = None if tensors[name] is None else tensors[name][0]
+        if self.scheme.added_bias:
+            tensors["added_bias"] = layer.added_bias.data
         for name in CHECKPOINT_TENSORS:
             if hasattr(layer, name):
                 delattr(layer, name)
@@ -154,25 +182,45 @@ class SliderQuantLinearMethod(LinearMethodBase):
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
         """vLLM does not ask whether a quantized layer got all its tensors."""
-        remedy = "check the checkpoint with 'python -m sliderquant_vllm DIR'"
         parts = len(layer.logical_widths)
-        for name in ("weight_packed", "weight_scale", "weight_zero_point"):
-            if getattr(layer, name, None) is None:  # symmetric
+        for name in ("weight_packed", "weight_scale", "weight_zero_point", "added_bias"):
+            if getattr(layer, name, None) is None:  # the scheme has none
                 continue
             found = getattr(layer, name).loaded_parts
             if ALL_PARTS not in found and len(found) < parts:
                 expected = f"the tensors of {parts} parts" if parts > 1 else "a tensor"
                 held = f"only {', '.join(sorted(map(str, found)))}" if found else "none"
                 raise FormatError(
-                    f"{self.prefix}.{name}: expected {expected} in the checkpoint, found {held}; {remedy}"
+                    f"{self.prefix}.{name}: expected {expected} in the checkpoint, found {held}; {REMEDY}"
                 )
-        if not torch.isfinite(layer.weight_scale).all():
-            raise FormatError(f"{self.prefix}.weight_scale: expected finite scales, found others; {remedy}")
+        for name in ("weight_scale", "added_bias"):
+            if hasattr(layer, name) and not torch.isfinite(getattr(layer, name)).all():
+                raise FormatError(f"{self.prefix}.{name}: expected finite numbers, found others; {REMEDY}")
+
+    def _check_biases(self, layer: torch.nn.Module) -> None:
+        """vLLM drops a bias that its architecture has none of, and leaves one unset that the checkpoint lacks."""
+        served = getattr(layer, "bias", None) is not None
+        if served and self.scheme.added_bias:
+            raise FormatError(
+                f"{self.prefix}.added_bias: expected only where the architecture has no bias, found one; "
+                "add it to the tensors named 'bias' and quantize the model again"
+            )
+        for part, held in self.biases.items():
+            if held != served:
+                raise FormatError(
+                    f"{part}.bias: this architecture has {'a' if served else 'no'} bias here, found "
+                    f"{'one' if held else 'none'} in the checkpoint; put the config.json beside it that it came with, "
+                    "or store a bias that quantization adds as 'added_bias'"
+                )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``."""
         weights, activations = self.scheme.weights, self.scheme.activations
         rows = x.reshape(-1, x.shape[-1])
+        if self.scheme.hadamard_block_size is not None:
+            rows = ops.hadamard(rows, self.scheme.hadamard_block_size)
+        if self.scheme.added_bias and layer.adds_bias:
+            bias = layer.added_bias
         if activations is None:
             y = ops.wna16_gemm(
                 rows,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sliderquant_vllm.format import unpack_codes
+from sliderquant_vllm.packing import unpack_codes
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ SCHEMAS = {
     "wna16_gemm": "(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
     "int group_size) -> Tensor",
     "quantize_per_token": "(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)",
+    "hadamard": "(Tensor x, int block_size) -> Tensor",
     "w4a4_gemm": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, "
     "Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
 }
@@ -53,19 +54,21 @@ def load() -> None:
         library = torch.library.Library("sliderquant", "FRAGMENT")
     else:
         library = torch.library.Library("sliderquant", "DEF")
-        for name, schema in SCHEMAS.items():
-            library.define(name + schema)
     references = {
         "wna16_gemm": wna16_gemm_reference,
         "quantize_per_token": quantize_per_token_reference,
+        "hadamard": hadamard_reference,
         "w4a4_gemm": w4a4_gemm_reference,
     }
+    for name, schema in SCHEMAS.items():
+        if not torch._C._dispatch_has_kernel(f"sliderquant::{name}"):
+            library.define(name + schema)
     for key in ("CPU", "CUDA"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key("sliderquant::wna16_gemm", key):
-            continue
-        _reference_keys.add(key)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("sliderquant::wna16_gemm", key):
+            _reference_keys.add(key)
         for name, reference in references.items():
-            library.impl(name, reference, key)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sliderquant::{name}", key):
+                library.impl(name, reference, key)
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"sliderquant::{name}", fake, lib=library)
     _library = library  # last: a failure midway leaves nothing that passes for loaded
@@ -139,6 +142,24 @@ def quantize_per_token(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...
     return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric)
 
 
+def hadamard(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Multiply every run of ``block_size`` channels by the orthonormal Walsh-Hadamard matrix in Sylvester's order.
+
+    ``x.unflatten(-1, (-1, block_size)) @ H / sqrt(block_size)``: its own inverse, and no value grows beyond the
+    2-norm of its run. Computed in fp32 and rounded once, to the dtype of x: ``quantize_per_token`` takes 16 bits.
+
+    Args:
+        x: [..., K], bf16, fp16 or fp32, with K a multiple of ``block_size``, a power of 2.
+
+    Returns:
+        [..., K] in the dtype of x.
+
+    Raises:
+        ValueError: ``block_size`` is no power of 2, or does not divide K.
+    """
+    return torch.ops.sliderquant.hadamard(x, block_size)
+
+
 def w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype) -> torch.Tensor:
     """Integer matrix product of quantized activations and weights of any width (W4A4, W4A8, W8A8, ...).
 
@@ -182,6 +203,33 @@ def quantize_per_token_reference(x, bits: int, symmetric: bool) -> tuple[torch.T
     return codes.to(torch.uint8), scale, zero.to(torch.int32), codes.sum(1).to(torch.int32)
 
 
+def hadamard_reference(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """``hadamard``, differentiable in x; fp64 stays fp64. Every device runs it, there is no native kernel."""
+    if block_size < 1 or block_size & (block_size - 1) or x.shape[-1] % block_size:
+        raise ValueError(f"hadamard: block_size: expected a power of 2 that divides K={x.shape[-1]}; got {block_size}")
+    blocks = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, block_size))
+    # H of b*c is the Kronecker product of those of b and c. Two small products beat one large from 128 channels on, and
+    # butterflies everywhere (measured on x86). Entries stay 1 and -1, which every arithmetic multiplies exactly.
+    power = block_size.bit_length() - 1
+    outer = 1 if block_size <= 64 else 2 ** (power // 2)
+    inner = block_size // outer
+    y = blocks.unflatten(-1, (outer, inner)) @ sylvester_matrix(inner, blocks.dtype, x.device)
+    if outer > 1:
+        y = sylvester_matrix(outer, blocks.dtype, x.device) @ y
+    return (y * block_size**-0.5).flatten(-3).to(x.dtype)
+
+
+@functools.cache
+def sylvester_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The Hadamard matrix of Sylvester's construction, entries 1 and -1: [size, size], size a power of 2."""
+    # Made under inference mode and kept, it could serve no calibration later in the same process.
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=dtype, device=device)
+        while len(matrix) < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
 def w4a4_gemm_reference(
     codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
 ) -> torch.Tensor:
@@ -209,6 +257,10 @@ def _fake_quantize_per_token(x, bits, symmetric):
     )
 
 
+def _fake_hadamard(x, block_size):
+    return x.new_empty(x.shape)
+
+
 def _fake_w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype):
     return sw.new_empty(codes.shape[0], sw.shape[0], dtype=out_dtype)
 
@@ -216,5 +268,6 @@ def _fake_w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, wei
 _FAKES = {
     "wna16_gemm": _fake_wna16_gemm,
     "quantize_per_token": _fake_quantize_per_token,
+    "hadamard": _fake_hadamard,
     "w4a4_gemm": _fake_w4a4_gemm,
 }

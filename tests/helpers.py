@@ -15,17 +15,24 @@ from sliderquant_vllm.checkpoint import read_config, staging_directory, write_sh
 from sliderquant_vllm.format import (
     ActivationScheme,
     LinearScheme,
+    OnlineHadamard,
     Override,
     QuantizationConfig,
     WeightScheme,
-    dequantize,
-    pack_linear,
-    unpack_linear,
 )
+from sliderquant_vllm.packing import dequantize, pack_linear, unpack_linear
 from sliderquant_vllm.shards import Reader
 
 TINY_LLAMA = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def assert_one_line_with(caught, words):
+    """What every error message must be, and the words that this one must hold."""
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, f"{word!r} not in {message!r}"
 
 
 def round_to_nearest(
@@ -51,13 +58,15 @@ def write_rtn_checkpoint(
     weights: WeightScheme,
     activations: ActivationScheme | None = None,
     overrides: tuple[Override, ...] = (),
+    online_hadamard: tuple[OnlineHadamard, ...] = (),
+    added_bias: tuple[str, ...] = (),
     ignore: tuple[str, ...] = ("lm_head",),
     scale_dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 10**9,
 ) -> Path:
-    """Quantize every linear of a Llama or Qwen2 directory by rounding; the other tensors are copied."""
-    config = QuantizationConfig(weights, activations, ignore=ignore, overrides=overrides)
-    reader = Reader(model_dir)
+    """Quantize every linear of a model directory by rounding; added biases are random, the other tensors copied."""
+    config = QuantizationConfig(weights, activations, online_hadamard, added_bias, ignore, overrides)
+    reader, generator = Reader(model_dir), torch.Generator().manual_seed(0)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in reader.headers:
@@ -66,15 +75,24 @@ def write_rtn_checkpoint(
             if suffix != "weight" or tensor.dim() != 2 or module.endswith("embed_tokens") or scheme is None:
                 yield name, tensor
                 continue
+            if scheme.hadamard_block_size is not None:
+                tensor = ops.hadamard_reference(tensor.float(), scheme.hadamard_block_size)
             codes, scale, zero_point = round_to_nearest(tensor, scheme.weights)
             packed = pack_linear(codes, scale.to(scale_dtype), zero_point, scheme.weights)
             yield from ((f"{module}.{key}", value) for key, value in packed.items())
+            if scheme.added_bias:
+                yield f"{module}.added_bias", torch.randn(len(tensor), generator=generator) * 0.3
 
     return _write_model(model_dir, out_dir, tensors(), config, max_shard_bytes)
 
 
-def write_dequantized(quantized_dir: str | Path, out_dir: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """The 16-bit model whose weights are those of a quantized checkpoint, rounded to ``dtype``."""
+def write_dequantized(
+    quantized_dir: str | Path, out_dir: str | Path, dtype: torch.dtype = torch.bfloat16, **config_fields
+) -> Path:
+    """The 16-bit model whose weights are those of a quantized checkpoint, rounded to ``dtype``.
+
+    ``config_fields`` of config.json change; added biases need an architecture that has biases there.
+    """
     _, config = read_config(quantized_dir)
     reader = Reader(quantized_dir)
 
@@ -82,37 +100,46 @@ def write_dequantized(quantized_dir: str | Path, out_dir: str | Path, dtype: tor
         for module, headers in reader.modules().items():
             held = {suffix: reader.tensor(f"{module}.{suffix}".lstrip(".")) for suffix in headers}
             if "weight_packed" in held:
-                scheme = config.scheme_for(module).weights
-                codes, scale, zero_point = unpack_linear(held, scheme)
-                held = {key: value for key, value in held.items() if not key.startswith("weight_")}
-                held["weight"] = dequantize(codes, scale.float(), zero_point, scheme).to(dtype)
+                scheme = config.scheme_for(module)
+                codes, scale, zero_point = unpack_linear(held, scheme.weights)
+                weight = dequantize(codes, scale.float(), zero_point, scheme.weights)
+                if scheme.hadamard_block_size is not None:
+                    weight = ops.hadamard_reference(weight, scheme.hadamard_block_size)
+                held = {key.removeprefix("added_"): held[key] for key in held if not key.startswith("weight_")}
+                held["weight"] = weight.to(dtype)
             yield from ((f"{module}.{suffix}".lstrip("."), tensor) for suffix, tensor in held.items())
 
-    return _write_model(quantized_dir, out_dir, tensors(), None)
+    return _write_model(quantized_dir, out_dir, tensors(), None, **config_fields)
 
 
-def write_random_qwen2(
-    out_dir: str | Path, tokenizer_dir: str | Path = TINY_LLAMA, tied: bool = True, seed: int = 0, kv_heads: int = 2
+def write_random_model(
+    out_dir: str | Path,
+    family: str,
+    tokenizer_dir: str | Path = TINY_LLAMA,
+    tied: bool = True,
+    seed: int = 0,
+    kv_heads: int = 2,
 ) -> Path:
-    """A random Qwen2 (biases on q, k and v) of tiny-llama's sizes, with the tokenizer of a directory."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A random model of tiny-llama's sizes, with the tokenizer of a directory; Qwen2 has biases on q, k and v."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=json.loads((Path(tokenizer_dir) / "config.json").read_text())["vocab_size"],
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
+        head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
         dtype="bfloat16",
-        architectures=["Qwen2ForCausalLM"],
         bos_token_id=0,
         eos_token_id=1,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         # The default initialisation has biases of zero and hidden states that nothing depends on.
         torch.nn.init.normal_(parameter, std=0.5 if name.endswith("bias") else 0.1)
@@ -127,6 +154,8 @@ def write_compressed_tensors(quantized_dir: str | Path, out_dir: str | Path) -> 
     """The same files under a config.json that stock vLLM reads: compressed-tensors, pack-quantized."""
     shutil.copytree(quantized_dir, out_dir)
     config, own = read_config(quantized_dir)
+    if own.online_hadamard or own.added_bias:
+        raise ValueError(f"{quantized_dir}: compressed-tensors knows neither online_hadamard nor added_bias")
     scheme = own.weights
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
@@ -164,9 +193,11 @@ def _write_model(
     tensors: Iterable[tuple[str, torch.Tensor]],
     quantization: QuantizationConfig | None,
     max_shard_bytes: int = 10**9,
+    **config_fields,
 ) -> Path:
     config = json.loads((Path(model_dir) / "config.json").read_text())
     config.pop("quantization_config", None)
+    config |= config_fields
     if quantization is not None:
         calibration = {"model": str(model_dir)}
         config["quantization_config"] = replace(quantization, calibration=calibration).to_dict()
@@ -193,11 +224,14 @@ class ReferenceLinear(torch.nn.Module):
         self.register_buffer("packed", tensors["weight_packed"])
         self.register_buffer("scale", scale.float().T.contiguous())
         self.register_buffer("zero", None if zero_point is None else zero_point.T.contiguous())
-        self.register_buffer("bias", tensors["bias"].float() if "bias" in tensors else None)
+        bias = tensors.get("added_bias" if scheme.added_bias else "bias")
+        self.register_buffer("bias", None if bias is None else bias.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, activations = self.scheme.weights, self.scheme.activations
         rows = x.flatten(0, -2)
+        if self.scheme.hadamard_block_size is not None:
+            rows = ops.hadamard_reference(rows, self.scheme.hadamard_block_size)
         if activations is None:
             y = ops.wna16_gemm_reference(
                 rows, self.packed, self.scale, self.zero, self.bias, weights.bits, weights.group_size

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.common import relative_error
 from sliderquant_vllm import ops
-from sliderquant_vllm.format import pack_codes
+from sliderquant_vllm.packing import pack_codes
 
 PACKAGE = Path(ops.__file__).parent
 LIBRARY = PACKAGE / "_C.abi3.so"

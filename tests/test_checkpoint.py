@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sliderquant_vllm.__main__ import main
 from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
-from sliderquant_vllm.format import FormatError, Override, WeightScheme
+from sliderquant_vllm.format import FormatError, OnlineHadamard, Override, WeightScheme
 from sliderquant_vllm.shards import INDEX_FILE, Reader
 from tests.helpers import TINY_LLAMA, edit_config, write_dequantized, write_rtn_checkpoint
 
@@ -22,12 +22,14 @@ DOWN = f"{MLP}.down_proj"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """W4 per channel, asymmetric, down_proj W3 in groups of 128, in several shards."""
+    """W4 per channel, asymmetric; down_proj W3 in groups of 128, rotated, with a bias; in several shards."""
     return write_rtn_checkpoint(
         TINY_LLAMA,
         tmp_path_factory.mktemp("checkpoint") / "pristine",
         WeightScheme(4),
         overrides=(Override("re:.*down_proj", WeightScheme(3, 128)),),
+        online_hadamard=(OnlineHadamard("re:.*down_proj", 128),),
+        added_bias=("re:.*down_proj",),
         max_shard_bytes=10**6,
     )
 
@@ -84,14 +86,15 @@ def assert_error(checkpoint: Path, *words: str, data: bool = False) -> None:
 def test_a_sound_checkpoint(pristine, data):
     summary = validate_checkpoint(pristine, data=data)
     assert len(summary.linears) == 12 * 7
-    assert str(summary.linears[DOWN].scheme) == "W3A16 group 128 asymmetric"
+    assert str(summary.linears[DOWN].scheme) == "W3A16 group 128 asymmetric, Hadamard 128, added bias"
+    assert not summary.linears[DOWN].has_bias
     assert (summary.linears[DOWN].out_features, summary.linears[DOWN].in_features) == (128, 384)
     assert len(index_of(pristine)["metadata"]["sha256"]) > 2
 
 
 def test_the_quantized_numbers_are_those_of_the_format(pristine, tmp_path):
     original, dequantized = Reader(TINY_LLAMA), Reader(write_dequantized(pristine, tmp_path / "16bit"))
-    assert set(original.headers) == set(dequantized.headers)
+    assert set(original.headers) == {name for name in dequantized.headers if not name.endswith("down_proj.bias")}
     for name in original.headers:
         before, after = original.tensor(name).float(), dequantized.tensor(name).float()
         error = (after - before).norm() / before.norm()
@@ -204,7 +207,7 @@ TENSOR_ERRORS = {
     ),
     "wrong shape": (
         replaced("weight_packed", lambda t: t[:, :24].clone()),
-        ["weight_packed", "[128, 36]", "W3A16 group 128 asymmetric [128, 384]", "[128, 24]"],
+        ["weight_packed", "[128, 36]", "[128, 384] as W3A16 group 128 asymmetric", "[128, 24]"],
     ),
     "too few scales": (
         replaced("weight_scale", lambda t: t[:, :1].clone()),
@@ -242,8 +245,25 @@ TENSOR_ERRORS = {
         ["weight_g_idx", "found this one too"],
     ),
     "wrong bias": (
-        lambda tensors: tensors.update({f"{DOWN}.bias": torch.zeros(3)}),
-        ["bias", "[128]", "[3]"],
+        lambda tensors: tensors.update({f"{MLP}.up_proj.bias": torch.zeros(3)}),
+        [f"{MLP}.up_proj.bias", "[384]", "[3]"],
+    ),
+    "wrong added bias": (replaced("added_bias", lambda t: t[:3].clone()), ["added_bias", "[128]", "[3]"]),
+    "missing added bias": (
+        lambda tensors: tensors.pop(f"{DOWN}.added_bias"),
+        ["added_bias", "added bias", "found nothing"],
+    ),
+    "added bias beside a bias": (
+        lambda tensors: tensors.update({f"{DOWN}.bias": torch.zeros(128)}),
+        [f"{DOWN}.added_bias", "only where", f"{DOWN}.bias", "add the one to the other"],
+    ),
+    "added bias that the config does not name": (
+        lambda tensors: tensors.update({f"{MLP}.up_proj.added_bias": torch.zeros(384)}),
+        [f"{MLP}.up_proj.added_bias", "'added_bias' names no", "correct"],
+    ),
+    "added bias of a layer in 16 bits": (
+        lambda tensors: tensors.update({"lm_head.added_bias": torch.zeros(2048)}),
+        ["lm_head.added_bias", "'added_bias' names no"],
     ),
     "packed although ignored": (
         lambda tensors: tensors.update({"lm_head.weight_packed": torch.zeros(2048, 16, dtype=torch.int32)}),
@@ -272,6 +292,12 @@ def test_bad_scales_are_found_in_the_data(checkpoint, value):
     assert_error(checkpoint, f"{DOWN}.weight_scale", "above 0", str(value), "[3, 1]", data=True)
 
 
+def test_bad_biases_are_found_in_the_data(checkpoint):
+    edit_tensors(checkpoint, f"{DOWN}.added_bias", lambda tensors: tensors[f"{DOWN}.added_bias"][5].fill_(torch.nan))
+    validate_checkpoint(checkpoint)
+    assert_error(checkpoint, f"{DOWN}.added_bias", "finite", "[5]", data=True)
+
+
 def test_a_flipped_byte_is_found_by_its_digest(checkpoint):
     shard = shard_of(checkpoint, f"{DOWN}.weight_packed")
     content = bytearray(shard.read_bytes())
@@ -292,11 +318,15 @@ def test_a_digest_of_no_shard(checkpoint):
         ({"weights": {"bits": 4, "group_size": -1, "symmetric": True}}, ["weight_zero_point", "symmetric"]),
         (
             {"weights": {"bits": 8, "group_size": -1, "symmetric": False}},
-            ["weight_packed", ", 32] for W8A16", ", 16] in model-"],
+            ["weight_packed", ", 32] for [", "] as W8A16", ", 16] in model-"],
         ),
         ({"ignore": ["lm_head", "re:.*up_proj"]}, ["up_proj", "ignore"]),
         ({"ignore": []}, ["lm_head.weight", "lm_head.weight_packed"]),
         ({"overrides": []}, ["down_proj", "W4A16"]),
+        ({"online_hadamard": [{"match": "re:.*downproj", "block_size": 128}]}, ["online_hadamard", "re:.*downproj"]),
+        ({"online_hadamard": [{"match": "re:.*", "block_size": 256}]}, [".0.mlp", "'online_hadamard'", "256", "384"]),
+        ({"added_bias": ["re:.*down_proj", "lm_head"]}, ["added_bias", "'lm_head'", "none"]),
+        ({"added_bias": []}, ["down_proj.added_bias", "'added_bias' names no"]),
     ],
 )
 def test_a_config_that_tells_of_other_tensors(checkpoint, fields, words):
@@ -304,14 +334,17 @@ def test_a_config_that_tells_of_other_tensors(checkpoint, fields, words):
     assert_error(checkpoint, *words)
 
 
-def test_fused_parts_that_disagree(tmp_path):
-    checkpoint = write_rtn_checkpoint(
-        TINY_LLAMA,
-        tmp_path / "checkpoint",
-        WeightScheme(4),
-        overrides=(Override(f"{MLP}.up_proj", WeightScheme(8)),),
-    )
-    assert_error(checkpoint, f"{MLP}.gate_up_proj", "W4A16", "W8A16", "need one scheme")
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ({"overrides": (Override(f"{MLP}.up_proj", WeightScheme(8)),)}, "W8A16"),
+        ({"online_hadamard": (OnlineHadamard(f"{MLP}.up_proj", 64),)}, "W4A16 asymmetric, Hadamard 64"),
+        ({"added_bias": (f"{MLP}.up_proj",)}, "W4A16 asymmetric, added bias"),
+    ],
+)
+def test_fused_parts_that_disagree(tmp_path, fields, found):
+    checkpoint = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "checkpoint", WeightScheme(4), **fields)
+    assert_error(checkpoint, f"{MLP}.gate_up_proj", "W4A16", found, "need one scheme")
 
 
 def test_nothing_quantized(tmp_path):
@@ -329,12 +362,13 @@ def test_one_file_without_an_index(checkpoint):
     assert len(validate_checkpoint(checkpoint, data=True).linears) == 84
 
 
-def test_command_line(checkpoint, capsys):
+def test_command_line(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert main([str(checkpoint)]) == 0
     table = capsys.readouterr().out
-    assert "W3A16 group 128 asymmetric" in table
+    assert "W3A16 group 128 asymmetric, Hadamard 128, added bias" in table
     assert "W4A16 asymmetric" in table
-    assert "3.276" in table  # 3 bits, 32 + 3 in every 128 weights, and weight_shape
+    assert "3.359" in table  # 3 bits, 32 + 3 in every 128 weights, 32 in every 384, and weight_shape
     shard_of(checkpoint, f"{DOWN}.weight_packed").unlink()
     assert main([str(checkpoint), str(TINY_LLAMA)]) == 2
     captured = capsys.readouterr()

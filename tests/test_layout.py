@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sliderquant_vllm import ops
-from sliderquant_vllm.format import pack_codes, unpack_codes
+from sliderquant_vllm.packing import pack_codes, unpack_codes
 
 BITS = (2, 3, 4, 8)
 PANEL = 32

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.common import relative_error
 from sliderquant_vllm import ops
-from sliderquant_vllm.format import pack_codes
+from sliderquant_vllm.format import HADAMARD_BLOCK_SIZES
+from sliderquant_vllm.packing import pack_codes
 from tests.native import LIBRARY, check_close, integer_weight, random_weight
 
 BITS = (2, 3, 4, 8)
@@ -220,6 +221,37 @@ def test_quantizer_extremes(isa, bits, symmetric):
 def test_quantizer_equals_reference_on_generated_rows(row, bits, symmetric, bf16):
     x = torch.tensor([row]).to(torch.bfloat16 if bf16 else torch.float16)
     assert_quantized_like_reference(x, bits, symmetric)
+
+
+def sylvester_in_float64(size: int) -> torch.Tensor:
+    """Entry (i, j) is -1 to the number of ones that i and j have in common in binary."""
+    bits = torch.arange(size)[:, None] >> torch.arange(size.bit_length()) & 1
+    return (1 - 2 * (bits.double() @ bits.double().T % 2)) / size**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("block_size", HADAMARD_BLOCK_SIZES)
+def test_hadamard_against_float64(block_size, dtype):
+    ops.load()
+    x = torch.randn(7, 3 * block_size).to(dtype)
+    exact = (x.double().unflatten(-1, (3, block_size)) @ sylvester_in_float64(block_size)).flatten(-2)
+    y = ops.hadamard(x, block_size)
+    magnitude = x.double().unflatten(-1, (3, block_size)).abs().sum(-1, keepdim=True) / block_size**0.5
+    check_close(y, exact, magnitude.expand(7, 3, block_size).flatten(-2), dtype, block_size)
+    limit = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-7}[dtype]
+    assert relative_error(y, exact) < limit and relative_error(ops.hadamard(y, block_size), x) < 2 * limit
+    assert torch.equal(ops.hadamard(x[:0], block_size), x[:0])
+    for rows, expected in ((x[:, :block_size], exact[:, :block_size]), (x[None], exact[None])):
+        assert relative_error(ops.hadamard(rows, block_size), expected) < limit
+
+
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_hadamard_has_gradients_where_inference_came_first(block_size):
+    ops.sylvester_matrix.cache_clear()
+    x = torch.randn(2, 2 * block_size, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        ops.hadamard_reference(x, block_size)
+    assert torch.autograd.gradcheck(ops.hadamard_reference, (x, block_size))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

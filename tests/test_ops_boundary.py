@@ -108,10 +108,18 @@ def test_quantizer_names_what_is_wrong():
         ops.quantize_per_token(torch.zeros(1, 4), 4, False)
 
 
+@pytest.mark.parametrize("block_size", [0, -2, 48, 256])
+def test_hadamard_names_what_is_wrong(block_size):
+    ops.load()
+    with pytest.raises(ValueError, match=rf"block_size: expected a power of 2 that divides K=96; got {block_size}"):
+        ops.hadamard(torch.zeros(1, 96).bfloat16(), block_size)
+
+
 def test_opcheck():
     weight_only, integer = good_arguments()
     torch.library.opcheck(torch.ops.sliderquant.wna16_gemm.default, tuple(weight_only.values()))
     torch.library.opcheck(torch.ops.sliderquant.quantize_per_token.default, (weight_only["x"], 4, False))
+    torch.library.opcheck(torch.ops.sliderquant.hadamard.default, (weight_only["x"], 64))
     torch.library.opcheck(torch.ops.sliderquant.w4a4_gemm.default, tuple(integer.values()))
 
 
@@ -155,6 +163,7 @@ y = ops.wna16_gemm(x, w_packed, weight.scale, weight.zero, None, 4, 32)
 exact = x.double() @ weight.dense.T
 assert ((y.double() - exact).norm() / exact.norm()) < 2e-3
 assert not ops.is_native("cpu")
+assert torch.equal(ops.hadamard(x, 128), ops.hadamard_reference(x, 128))
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.common import relative_error
 from sliderquant_vllm import ops
 from tests.native import check_close, random_weight
 
@@ -38,6 +39,13 @@ def test_quantize_per_token(symmetric):
     found = torch.ops.sliderquant.quantize_per_token(x.cuda(), 4, symmetric)
     expected = ops.quantize_per_token_reference(x, 4, symmetric)
     assert all(torch.equal(one.cpu(), two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 512])
+def test_hadamard(block_size):
+    x = torch.randn(33, 1024).to(torch.bfloat16)
+    y = torch.ops.sliderquant.hadamard(x.cuda(), block_size)
+    assert relative_error(y.cpu(), ops.hadamard_reference(x.double(), block_size)) < 4e-3
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -11,7 +11,7 @@ from calibrate.model import Model
 from calibrate.pipeline import calibrate
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
-from tests.helpers import TINY_LLAMA, write_random_qwen2
+from tests.helpers import TINY_LLAMA, write_random_model
 from tests.serving.engine import WINDOW, score, windows
 
 SMALL = {"nsamples": 8, "seqlen": 64, "epochs": 2, "shallow": 1, "deep": 1}
@@ -37,7 +37,7 @@ class Silent:
     ids=["W2A16", "W4A16-rotated", "W4A4", "qwen2-W8A8", "qwen2-W3A16-rotated"],
 )
 def test_served_as_calibrated(in_engine, tmp_path, family, settings, dtype, tolerance):
-    source = TINY_LLAMA if family == "llama" else write_random_qwen2(tmp_path / "qwen2", tied=True)
+    source = TINY_LLAMA if family == "llama" else write_random_model(tmp_path / "qwen2", "qwen2", tied=True)
     model = Model(source, Recipe(**SMALL | settings), torch.device("cpu"))
     stream = torch.tensor(windows(source)).flatten()
     threads = torch.get_num_threads()

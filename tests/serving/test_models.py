@@ -7,13 +7,13 @@ import os
 import pytest
 import torch
 
-from sliderquant_vllm.format import ActivationScheme, Override, WeightScheme
+from sliderquant_vllm.format import ActivationScheme, OnlineHadamard, Override, WeightScheme
 from sliderquant_vllm.shards import INDEX_FILE
 from tests.helpers import (
     TINY_LLAMA,
     edit_config,
     write_dequantized,
-    write_random_qwen2,
+    write_random_model,
     write_rtn_checkpoint,
 )
 from tests.serving.engine import assert_same, score, start_error
@@ -41,7 +41,7 @@ def mixed(tmp_path_factory):
 @pytest.mark.parametrize("tied", [True, False])
 def test_biases_ignored_layers_and_overrides_in_qwen2(in_engine, tmp_path, tied):
     quantized = write_rtn_checkpoint(
-        write_random_qwen2(tmp_path / "qwen2", tied=tied),
+        write_random_model(tmp_path / "qwen2", "qwen2", tied=tied),
         tmp_path / "quantized",
         WeightScheme(4, 32),
         overrides=(Override(r"re:.*self_attn\..*", WeightScheme(3)),),
@@ -56,7 +56,7 @@ def test_biases_ignored_layers_and_overrides_in_qwen2(in_engine, tmp_path, tied)
 
 def test_biases_with_quantized_activations(in_engine, tmp_path):
     quantized = write_rtn_checkpoint(
-        write_random_qwen2(tmp_path / "qwen2"), tmp_path / "quantized", WeightScheme(4), ActivationScheme(4)
+        write_random_model(tmp_path / "qwen2", "qwen2"), tmp_path / "quantized", WeightScheme(4), ActivationScheme(4)
     )
     found = in_engine(score, quantized, check_linears=True)
     assert len(found.errors) == 3 * 4
@@ -67,7 +67,19 @@ def test_biases_with_quantized_activations(in_engine, tmp_path):
 def one_kv_head(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one-kv-head")
     return write_rtn_checkpoint(
-        write_random_qwen2(directory / "qwen2", kv_heads=1), directory / "quantized", WeightScheme(4, 32)
+        write_random_model(directory / "qwen2", "qwen2", kv_heads=1), directory / "quantized", WeightScheme(4, 32)
+    )
+
+
+@pytest.fixture(scope="module")
+def rotated_and_biased(tmp_path_factory):
+    """With two ranks, blocks that end where a rank's inputs end, and biases of both kinds of parallel linears."""
+    return write_rtn_checkpoint(
+        TINY_LLAMA,
+        tmp_path_factory.mktemp("rotated-and-biased") / "quantized",
+        WeightScheme(4, 64),
+        online_hadamard=(OnlineHadamard(r"re:.*down_proj", 64), OnlineHadamard(r"re:.*o_proj", 32)),
+        added_bias=(r"re:.*",),
     )
 
 
@@ -76,7 +88,9 @@ RANKS = torch.cuda.device_count() if torch.cuda.is_available() else len(CORES)
 
 
 @pytest.mark.skipif(RANKS < 2, reason="two ranks need two cores, or two GPUs where there is one")
-@pytest.mark.parametrize(("model", "linears"), [("mixed", 12 * 4 - 5), ("one_kv_head", 3 * 4)])
+@pytest.mark.parametrize(
+    ("model", "linears"), [("mixed", 12 * 4 - 5), ("one_kv_head", 3 * 4), ("rotated_and_biased", 12 * 4)]
+)
 def test_two_ranks(request, in_engine, fresh_engine, model, linears):
     quantized = request.getfixturevalue(model)
     one = in_engine(score, quantized, check_linears=True, dtype="float16")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sliderquant_vllm import ops
-from sliderquant_vllm.format import ActivationScheme, Override, WeightScheme
+from sliderquant_vllm.format import ActivationScheme, OnlineHadamard, Override, WeightScheme
 from tests.helpers import TINY_LLAMA, write_rtn_checkpoint
 from tests.serving.engine import Score, assert_same, score, windows
 
@@ -84,6 +84,8 @@ def quantized(tmp_path_factory) -> Path:
             Override(r"re:model\.layers\.[0-3]\..*", WeightScheme(3)),
             Override(r"re:model\.layers\.[4-7]\..*", WeightScheme(4), ActivationScheme(8)),
         ),
+        online_hadamard=(OnlineHadamard(r"re:.*down_proj", 128),),
+        added_bias=(r"re:.*\.(gate|up)_proj",),
     )
 
 
