@@ -1,119 +1,75 @@
-"""Decoder-block adapters: which linears, norms and scaling pairs a model family has, and a block that learns.
+"""A decoder block that learns: the layer of transformers itself, with its linears and norms replaced.
 
-A family is one row of ``FAMILIES``. ``CalibrationBlock`` wraps the decoder layer of transformers itself, so
-attention, rotary embedding and activation are the library's; only linears and norms are replaced.
+Attention, rotary embedding and activation stay the library's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calibrate.experts import Experts, routing
+from calibrate.layouts import BlockLayout
 from calibrate.quantizer import (
-    clip_parameters,
     fake_quantize_activation,
     fake_quantize_weight,
     quantize_weight,
     quantized_channels,
+    weight_bounds,
 )
 from calibrate.recipe import Recipe
-from calibrate.transforms import Rotation, fold_norm
-from sliderquant_vllm.format import LinearScheme
+from sliderquant_vllm.format import ActivationScheme, LinearScheme
+from sliderquant_vllm.ops import hadamard_reference
 
 SCALE_FLOOR = 1e-2
-
-
-@dataclass(frozen=True, slots=True)
-class BlockLayout:
-    """Module names inside a decoder block of the pre-norm, gated-MLP kind."""
-
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-
-    @property
-    def readers(self) -> dict[str, tuple[str, ...]]:
-        """Norm -> the linears that read it, and with them the residual stream."""
-        return {self.attention_norm: (self.query, self.key, self.value), self.mlp_norm: (self.gate, self.up)}
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The linears that write the residual stream."""
-        return (self.output, self.down)
-
-
-FAMILIES: dict[str, BlockLayout] = {name: BlockLayout() for name in ("llama", "mistral", "qwen2", "qwen3")}
-
-
-def rotate_block(tensors: dict[str, Tensor], layout: BlockLayout, stream: Rotation, head: Rotation) -> None:
-    """Fold the norms into their readers and rotate the residual stream and the value heads, in place.
-
-    Args:
-        tensors: "module.weight" / "module.bias" of one block, any floating dtype.
-        stream: rotation of the hidden size; head: rotation of one attention head.
-    """
-    head_dim = head.signs.numel()
-    for norm, readers in layout.readers.items():
-        for name in readers:
-            weight = f"{name}.weight"
-            tensors[weight] = stream.apply(fold_norm(tensors[f"{norm}.weight"], tensors[weight]))
-        tensors[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
-    for name in layout.writers:
-        for kind in ("weight", "bias"):
-            if (key := f"{name}.{kind}") in tensors:
-                tensors[key] = stream.apply_left(tensors[key])
-    for kind in ("weight", "bias"):
-        if (key := f"{layout.value}.{kind}") in tensors:
-            heads = tensors[key].unflatten(0, (-1, head_dim)).movedim(1, -1)
-            tensors[key] = head.apply(heads).movedim(-1, 1).flatten(0, 1).contiguous()
-    output = f"{layout.output}.weight"
-    tensors[output] = head.apply(tensors[output].unflatten(1, (-1, head_dim))).flatten(1)
 
 
 class CalibrationLinear(nn.Module):
     """A linear that computes with its 16-bit weight or with the fake-quantized one that its block prepared.
 
-    Learned: ``lora_a`` [rank, K], ``lora_b`` [N, rank] and the clipping logits ``clip`` [2, N, G].
+    The quantized weight is ``Q(weight * in_scale + lora_b @ lora_a / rank + offset * step)`` over the range
+    ``bounds * clip``; with a scale of the output channels all of it is divided by that.
+
+    Calibrated: ``bounds`` fp32 [2, N, G], the range at the start, and ``clip`` of the same shape, a factor on it;
+    ``lora_a`` [rank, K] and ``lora_b`` [N, rank]; ``offset`` [N, K], in steps of the range at the start.
+
+    Args:
+        linear: of torch, or a router of transformers.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: LinearScheme | None, recipe: Recipe, generator: torch.Generator):
+    def __init__(self, linear: nn.Module, scheme: LinearScheme | None, recipe: Recipe, generator: torch.Generator):
         super().__init__()
         self.scheme = scheme
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.lora_a = self.lora_b = self.clip = None
+        bias = getattr(linear, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.product = functional.linear if isinstance(linear, nn.Linear) else routing(linear)
+        self.lora_a = self.lora_b = self.offset = None
         self.input_is_quantized = False
+        self.hadamard: int | None = None  # block size
         self.computed: tuple[Tensor, Tensor | None, int] | None = None
         if scheme is None:
             return
-        learns = recipe.method == "sliderquant"
-        self.clip = nn.Parameter(
-            clip_parameters(self.weight, scheme.weights, learns and recipe.learn_clip),
-            requires_grad=learns and recipe.learn_clip,
-        )
-        if learns and recipe.lora_rank:
+        self.register_buffer("bounds", weight_bounds(self.weight, scheme.weights))
+        self.clip = nn.Parameter(torch.ones_like(self.bounds), requires_grad=recipe.learns("clip"))
+        if recipe.learns("lora"):
             out_features, in_features = self.weight.shape
             lora_a = torch.empty(recipe.lora_rank, in_features)
             nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)
             self.lora_a = nn.Parameter(lora_a.to(self.weight.device))
             self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, recipe.lora_rank))
+        if recipe.has_offset:
+            self.offset = nn.Parameter(torch.zeros_like(self.weight), requires_grad=recipe.learns("rounding"))
+
+    def step(self) -> Tensor:
+        """Distance of neighbouring codes at the start, fp32 [N, G]."""
+        return (self.bounds[0] - self.bounds[1]) / self.scheme.weights.max_code
 
     def effective(self, in_scale: Tensor | None, out_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias after channel scaling and low-rank adaptation: what is quantized.
+        """Weight and bias after channel scaling, low-rank adaptation and offset: what is quantized.
 
         Args:
             in_scale: [K] the input was divided by it; out_scale: [N] the output is to be divided by it.
@@ -121,55 +77,83 @@ class CalibrationLinear(nn.Module):
         weight, bias = self.weight, self.bias
         if in_scale is not None:
             weight = weight * in_scale
+        if self.lora_a is not None:
+            weight = torch.addmm(weight, self.lora_b, self.lora_a, alpha=1 / self.lora_a.shape[0])
+        if self.offset is not None:
+            step = self.step()
+            if step.shape[1] == 1:
+                weight = torch.addcmul(weight, self.offset, step)
+            else:
+                weight = weight + (self.offset.unflatten(1, (step.shape[1], -1)) * step.unsqueeze(2)).flatten(1)
         if out_scale is not None:
             weight = weight / out_scale.unsqueeze(1)
             bias = None if bias is None else bias / out_scale
-        if self.lora_a is not None:
-            weight = torch.addmm(weight, self.lora_b, self.lora_a, alpha=1 / self.lora_a.shape[0])
         return weight, bias
 
+    def range(self, out_scale: Tensor | None) -> Tensor:
+        """Upper and lower bound of what is quantized, [2, N, G]."""
+        bounds = self.bounds * self.clip
+        return bounds if out_scale is None else bounds / out_scale.view(1, -1, 1)
+
     def prepare(self, in_scale: Tensor | None, out_scale: Tensor | None, ratio: float) -> None:
-        """Compute the fake-quantized weight that the following forward calls use."""
+        """Compute the fake-quantized weight that the following forward calls use; at ratio 0 nothing is quantized."""
         weight, bias = self.effective(in_scale, out_scale)
-        channels = weight.shape[1]
-        if self.scheme is not None:
-            channels = quantized_channels(ratio, channels, self.scheme.weights)
-            weight = fake_quantize_weight(weight, self.clip, self.scheme.weights, channels)
+        channels = 0
+        if self.scheme is not None and ratio:
+            channels = quantized_channels(ratio, weight.shape[1], self.scheme.weights)
+            weight = fake_quantize_weight(weight, self.range(out_scale), self.scheme.weights, channels)
         self.computed = (weight, bias, channels)
 
+    def transform_input(self, x: Tensor) -> Tensor:
+        return x if self.hadamard is None else hadamard_reference(x.float(), self.hadamard)
+
     def quantize_input(self, x: Tensor) -> Tensor:
-        if self.computed is None or self.scheme is None or self.scheme.activations is None:
+        x = self.transform_input(x)
+        if self.computed is None or not self.computed[2] or self.scheme.activations is None:
             return x
         return fake_quantize_activation(x.float(), self.scheme.activations, self.computed[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.computed is None:
-            return functional.linear(x, self.weight, self.bias)
-        weight, bias, _ = self.computed
-        return functional.linear(x if self.input_is_quantized else self.quantize_input(x), weight, bias)
+        x = x if self.input_is_quantized else self.quantize_input(x)
+        weight, bias = (self.weight, self.bias) if self.computed is None else self.computed[:2]
+        return self.product(x, weight, bias)
 
 
 class CalibrationNorm(nn.Module):
-    """A norm whose output is divided by a channel scale and quantized once for all its readers.
+    """A norm whose output is shifted, divided by a channel scale, and quantized once for all its readers.
 
-    The readers run as one matrix product when served, so they have one scheme.
+    The readers run as one matrix product when served, so they have one scheme. With a router among them, which
+    reads 16 bits, everyone quantizes its own input.
+
+    Calibrated: ``shift`` fp32 [hidden], added behind the norm and served as a bias of its readers (D2Quant's
+    deviation-aware correction, arXiv 2602.02546), None where there is none.
     """
 
-    def __init__(self, norm: nn.Module, readers: list[CalibrationLinear]):
+    def __init__(self, norm: nn.Module, readers: list[CalibrationLinear], shifted: bool, recipe: Recipe):
         super().__init__()
         self.norm = norm
+        self.prepared = False
         self.scale: Tensor | None = None
-        self._first_reader = [readers[0]]  # in a list: not a submodule of the norm
-        for reader in readers:
-            reader.input_is_quantized = True
+        self.shift = None
+        if shifted:
+            self.shift = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=recipe.learns("shift"))
+        self._quantizer = None
+        if readers and all(reader.scheme is not None for reader in readers):
+            self._quantizer = [readers[0]]  # in a list: not a submodule of the norm
+            for reader in readers:
+                reader.input_is_quantized = True
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return self._first_reader[0].quantize_input(x if self.scale is None else x / self.scale)
+        if self.prepared and self.shift is not None:
+            x = x + self.shift
+        if self.prepared and self.scale is not None:
+            x = x / self.scale
+        return x if self._quantizer is None else self._quantizer[0].quantize_input(x)
 
 
 class CalibrationBlock(nn.Module):
-    """One decoder block with everything that SliderQuant learns about it.
+    """One decoder block with everything that is calibrated about it.
 
     Args:
         layer: decoder layer of transformers, weights fp32.
@@ -178,6 +162,7 @@ class CalibrationBlock(nn.Module):
         schemes: linear -> scheme, None for one that stays in 16 bits.
         recipe: what is learned.
         seed: of the random part of the initial values.
+        hadamard: linear -> block size of the online Hadamard before it; its weight has taken it up already.
     """
 
     def __init__(
@@ -188,79 +173,138 @@ class CalibrationBlock(nn.Module):
         schemes: dict[str, LinearScheme | None],
         recipe: Recipe,
         seed: int,
+        hadamard: dict[str, int],
     ):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.layer, self.layout, self.name = layer.requires_grad_(False), layout, name
         self.linears: dict[str, CalibrationLinear] = {}
-        for path in layout.linears:
-            self.linears[path] = CalibrationLinear(layer.get_submodule(path), schemes[path], recipe, generator)
-            layer.set_submodule(path, self.linears[path])
+        for path in (*layout.linears, *layout.routers):
+            linear = CalibrationLinear(layer.get_submodule(path), schemes.get(path), recipe, generator)
+            linear.hadamard = hadamard.get(path)
+            self.linears[path] = linear
+            layer.set_submodule(path, linear)
+        if self.experts is not None and schemes[layout.mlps[0].gate] is not None:
+            # The router needs 16 bits, so the norm cannot quantize; each expert would, for every token that it gets.
+            gates_and_ups = [self.linears[path] for path in layout.fused_experts[0]]
+            self.experts.quantize_input = gates_and_ups[0].quantize_input
+            for linear in gates_and_ups:
+                linear.input_is_quantized = True
         self.norms: dict[str, CalibrationNorm] = {}
         for path, readers in layout.readers.items():
-            self.norms[path] = CalibrationNorm(layer.get_submodule(path), [self.linears[reader] for reader in readers])
+            read_by = [self.linears[reader] for reader in readers]
+            shifted = recipe.correction and path == layout.mlp_norm and not layout.routers
+            self.norms[path] = CalibrationNorm(layer.get_submodule(path), read_by, shifted, recipe)
+            layer.set_submodule(path, self.norms[path])
+        for path in layout.head_norms(layer):
+            self.norms[path] = CalibrationNorm(layer.get_submodule(path), [], False, recipe)
             layer.set_submodule(path, self.norms[path])
         self.scales = nn.ParameterDict()
-        if recipe.learn_scale and recipe.method == "sliderquant":
-            device = self.linears[layout.down].weight.device
-            for pair, size in self._scale_sizes().items():
-                self.scales[pair] = nn.Parameter(torch.ones(size, device=device))
+        if recipe.has_scales:
+            device = self.linears[layout.output].weight.device
+            for pair, size in self._scale_sizes(hadamard).items():
+                self.scales[pair] = nn.Parameter(torch.ones(size, device=device), recipe.learns("scale"))
+        self.kv_scheme = None
+        if recipe.kv_bits != 16:
+            self.kv_scheme = ActivationScheme(recipe.kv_bits)
+            if recipe.has_scales:
+                heads = 1 if layout.head_norms(layer) else self.key_heads
+                size = (heads, self.layer.self_attn.head_dim // 2)
+                self.scales["query_key"] = nn.Parameter(torch.ones(size, device=device), recipe.learns("scale"))
 
-    def _scale_sizes(self) -> dict[str, int]:
-        """Scaling pair -> number of channels. q <-> k is absent: a scale per output channel commutes with rounding."""
+    @property
+    def experts(self) -> Experts | None:
+        """The routed experts; None in a dense block."""
+        return self.layer.get_submodule(self.layout.experts) if self.layout.experts else None
+
+    def _scale_sizes(self, hadamard: dict[str, int]) -> dict[str, int]:
+        """Scaling pair -> number of channels. A pair with a transform between its two linears cannot be scaled."""
         linears, layout = self.linears, self.layout
-        return {
+        sizes = {
             "attention_norm": linears[layout.query].weight.shape[1],
-            "mlp_norm": linears[layout.gate].weight.shape[1],
+            "mlp_norm": linears[layout.mlps[0].gate].weight.shape[1],
             "value_output": linears[layout.value].weight.shape[0],
-            "up_down": linears[layout.down].weight.shape[1],
         }
+        for mlp in layout.mlps:
+            if mlp.down not in hadamard:
+                sizes[mlp.pair] = linears[mlp.down].weight.shape[1]
+        return sizes
 
     def channel_scales(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Linear or norm -> (in_scale, out_scale)."""
         layout = self.layout
         alpha = {pair: value.clamp(min=SCALE_FLOOR) for pair, value in self.scales.items()}
-        attention, mlp, value, up = map(alpha.get, ("attention_norm", "mlp_norm", "value_output", "up_down"))
-        return {
+        attention, mlp, value = map(alpha.get, ("attention_norm", "mlp_norm", "value_output"))
+        scales = {
             layout.attention_norm: (None, attention),
             layout.mlp_norm: (None, mlp),
             layout.query: (attention, None),
             layout.key: (attention, None),
             layout.value: (attention, value),
-            layout.output: (self._per_query_head(value), None),
-            layout.gate: (mlp, None),
-            layout.up: (mlp, up),
-            layout.down: (up, None),
+            layout.output: (self.per_query_head(value), None),
         }
+        for router in layout.routers:
+            scales[router] = (mlp, None)
+        for each in layout.mlps:
+            up = alpha.get(each.pair)
+            scales |= {each.gate: (mlp, None), each.up: (mlp, up), each.down: (up, None)}
+        scales |= dict.fromkeys(layout.head_norms(self.layer), (None, None))
+        if "query_key" in alpha:
+            # Equal on the two halves of every rotary pair: only so it commutes with the rotary embedding.
+            key = alpha["query_key"].repeat(1, 2).flatten()
+            if norms := layout.head_norms(self.layer):
+                scales |= dict(zip(norms, ((None, 1 / key), (None, key)), strict=True))
+            else:
+                scales[layout.query] = (attention, 1 / self.per_query_head(key))
+                scales[layout.key] = (attention, key)
+        return scales
 
-    def _per_query_head(self, value_scale: Tensor | None) -> Tensor | None:
-        """Repeat a scale of the value channels for every query head that shares them."""
-        if value_scale is None:
+    @property
+    def key_heads(self) -> int:
+        return self.linears[self.layout.value].weight.shape[0] // self.layer.self_attn.head_dim
+
+    def per_query_head(self, scale: Tensor | None) -> Tensor | None:
+        """Repeat a scale of the value or key channels for every query head that shares them."""
+        if scale is None:
             return None
-        head_dim = self.layer.self_attn.head_dim
-        query_heads = self.linears[self.layout.output].weight.shape[1] // head_dim
-        key_heads = value_scale.numel() // head_dim
-        return value_scale.view(key_heads, head_dim).repeat_interleave(query_heads // key_heads, 0).flatten()
+        query_heads = self.linears[self.layout.output].weight.shape[1] // self.layer.self_attn.head_dim
+        return scale.view(self.key_heads, -1).repeat_interleave(query_heads // self.key_heads, 0).flatten()
 
     def learned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and value of every learned parameter."""
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
 
-    def learned_state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.learned()}
+    def _calibrated(self) -> Iterator[tuple[str, Tensor]]:
+        kinds = ("bounds", "clip", "lora_a", "lora_b", "offset", "shift", "tokens", "starved")
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
+            if name.startswith("scales.") or name.rpartition(".")[2] in kinds:
+                yield name, value
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that calibration decided, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._calibrated()}
 
     @torch.no_grad()
-    def load_learned(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.learned():
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._calibrated():
             value.copy_(state[name])
 
-    def prepare(self, ratio: float) -> None:
-        """Fake-quantize every weight once, for the forward calls until the next ``prepare``."""
+    def prepare(self, ratio: float, only: Collection[str] | None = None) -> None:
+        """Fake-quantize every weight, or only those named, once for the forward calls until the next ``prepare``."""
         scales = self.channel_scales()
         for path, linear in self.linears.items():
-            linear.prepare(*scales[path], ratio)
+            linear.prepare(*scales[path], ratio if only is None or path in only else 0)
         for path, norm in self.norms.items():
-            norm.scale = scales[path][1]
+            norm.scale, norm.prepared = scales[path][1], True
+        self.layer.self_attn.kv_scheme = self.kv_scheme  # read by calibrate.attention
+
+    def release(self) -> None:
+        """Forget what was prepared: forward calls are in 16 bits again."""
+        for linear in self.linears.values():
+            linear.computed = None
+        for norm in self.norms.values():
+            norm.scale, norm.prepared = None, False
+        self.layer.self_attn.kv_scheme = None
 
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """fp32 [batch, seqlen, hidden] -> the same; causal, no padding. Matrix products in bf16 on a GPU."""
@@ -289,22 +333,31 @@ class CalibrationBlock(nn.Module):
             tensors of the block by their names, fp32: norms, biases, weights left in 16 bits.
         """
         scales = self.channel_scales()
+        self.prepare(ratio=1.0)
         replaced = (*self.linears, *self.norms)
         others = {
             name: value
             for name, value in self.layer.state_dict().items()
             if not name.startswith(tuple(f"{path}." for path in replaced))
         }
+        shifts = {}
         for path, norm in self.norms.items():
             scale = scales[path][1]
             others[f"{path}.weight"] = norm.norm.weight if scale is None else norm.norm.weight / scale
+            if norm.shift is not None:
+                shift = norm.shift if scale is None else norm.shift / scale
+                shifts |= dict.fromkeys(self.layout.readers[path], shift)
         codes = {}
         for path, linear in self.linears.items():
             weight, bias = linear.effective(*scales[path])
+            if path in shifts:
+                shift = linear.computed[0] @ shifts[path]
+                bias = shift if bias is None else bias + shift
             if bias is not None:
-                others[f"{path}.bias"] = bias
+                others[f"{path}.bias" if linear.bias is not None else f"{path}.added_bias"] = bias
             if linear.scheme is None:
                 others[f"{path}.weight"] = weight
             else:
-                codes[path] = quantize_weight(weight, linear.clip, linear.scheme.weights)
+                bounds = linear.range(scales[path][1])
+                codes[path] = quantize_weight(weight, bounds, linear.scheme.weights)
         return codes, others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import importlib.metadata
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
-from calibrate.recipe import METHODS, STAGE_ORDERS, Recipe, parse_scheme
+from calibrate.methods import METHODS, PRESETS, compose
+from calibrate.recipe import Recipe, parse_scheme
 from sliderquant_vllm.checkpoint import check_replaceable
 from sliderquant_vllm.format import GROUP_SIZES, FormatError
 
@@ -23,18 +25,20 @@ EXIT_USAGE = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
-    # Where the default depends on the scheme it is None here and filled in by `recipe_from`.
+    # A recipe field is None unless given: the method and its preset decide.
     parser = Parser(
         prog="python -m calibrate",
         description="Quantize a Hugging Face LLM with SliderQuant into a checkpoint that vLLM serves.",
     )
     switch = argparse.BooleanOptionalAction
-    defaults = Recipe.__dataclass_fields__
     parser.add_argument("--model", required=True, help="directory, hub id, or a short name such as llama3-8b")
     parser.add_argument("--output-dir", type=Path, default=Path("quantized"), help="checkpoint to write")
     parser.add_argument("--overwrite", action=switch, default=False, help="replace an existing checkpoint")
     parser.add_argument("--max-shard-size", type=float, default=5.0, help="GB per shard")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--method", default="sliderquant", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--preset", help=f"of sliderquant: {', '.join(PRESETS)}; the first if none is given")
+    parser.add_argument("--eval-dataset", help="text to measure perplexity on, before and after")
 
     scheme = parser.add_argument_group("scheme")
     choice = scheme.add_mutually_exclusive_group()
@@ -47,31 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
     scheme.add_argument("--symmetric", action=switch, default=False, help="symmetric weights")
     scheme.add_argument("--ignore", nargs="+", default=[], help="linears kept in 16 bits: names or re: patterns")
 
-    data = parser.add_argument_group("calibration data")
-    data.add_argument("--dataset", default=defaults["dataset"].default, help="text file, directory, glob or hub id")
-    data.add_argument("--nsamples", type=int, default=defaults["nsamples"].default, help="samples")
-    data.add_argument("--seqlen", type=int, default=defaults["seqlen"].default, help="tokens per sample")
-    data.add_argument("--eval-dataset", help="text to measure perplexity on, before and after")
-    data.add_argument("--seed", type=int, default=defaults["seed"].default, help="seed of everything random")
-
-    method = parser.add_argument_group("method")
-    method.add_argument("--method", default=defaults["method"].default, help=f"one of {', '.join(METHODS)}")
-    method.add_argument("--epochs", type=int, help="passes over the samples per window (20; 60 at 2 bits)")
-    method.add_argument("--batch-size", type=int, default=defaults["batch_size"].default, help="samples per step")
-    method.add_argument("--rotate", action=switch, help="rotate the model first (on with quantized activations)")
-    method.add_argument("--learn-scale", action=switch, help="channel scaling (on with quantized activations)")
-    method.add_argument("--learn-clip", action=switch, default=True, help="learnable weight clipping")
-    method.add_argument("--lora-rank", type=int, default=defaults["lora_rank"].default, help="0 is off")
-    method.add_argument("--lr-scale", type=float, default=defaults["lr_scale"].default, help="learning rate")
-    method.add_argument("--lr-lora", type=float, help="learning rate (1e-4; 5e-4 at 2 bits)")
-    method.add_argument("--lr-clip", type=float, default=defaults["lr_clip"].default, help="learning rate")
-    method.add_argument("--shallow", type=int, default=defaults["shallow"].default, help="blocks of the shallow part")
-    method.add_argument("--deep", type=int, default=defaults["deep"].default, help="blocks of the deep part")
-    method.add_argument("--window", type=int, default=defaults["window"].default, help="blocks per window between")
-    method.add_argument("--stride", type=int, default=defaults["stride"].default, help="blocks from window to window")
-    method.add_argument("--stages", type=float, nargs="+", default=[0.5, 1.0], help="ratios of quantized channels")
-    method.add_argument("--stage-order", default="outer", help=f"one of {', '.join(STAGE_ORDERS)}")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(Recipe):
+        if title := field.metadata.get("group"):
+            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+            group.add_argument(f"--{field.name.replace('_', '-')}", help=_help(field), **_parsing(field.default))
     return parser
+
+
+def _parsing(default) -> dict:
+    """How argparse reads a recipe field, from its default."""
+    if isinstance(default, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    if isinstance(default, tuple):
+        return {"type": type(default[0]), "nargs": "+"}
+    return {"type": float if default is None else type(default)}
+
+
+def _help(field: dataclasses.Field) -> str:
+    choices = field.metadata["choices"]
+    return field.metadata["help"] + (f": {', '.join(map(str, choices))}" if choices else "")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -79,35 +78,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the arguments describe; what was left open follows the scheme."""
+    """The recipe that the arguments describe; what was left open is the method's."""
     if arguments.scheme is None:
         raise UserError(f"--scheme: expected one, such as --w4a4 or --scheme W4A16; also {', '.join(SHORT_SCHEMES)}")
     weights, activations = parse_scheme(arguments.scheme, arguments.group_size, arguments.symmetric)
-    two_bits = weights.bits == 2
-    given = vars(arguments)
-    # A 2-bit grid is so coarse that the published settings train longer and harder there.
-    by_scheme = {
-        "rotate": activations is not None,
-        "learn_scale": activations is not None,
-        "epochs": 60 if two_bits else 20,
-        "lr_lora": 5e-4 if two_bits else 1e-4,
-    }
-    if arguments.method == "rtn":
-        by_scheme |= {"rotate": False, "learn_scale": False}
-    chosen = {
-        name: by_scheme[name] if given[name] is None else given[name]
-        for name in Recipe.__dataclass_fields__
-        if name in given
-    }
-    return Recipe(
-        **chosen
-        | {
-            "weights": weights,
-            "activations": activations,
-            "stages": tuple(arguments.stages),
-            "ignore": ("lm_head", *arguments.ignore),
-        }
-    )
+    chosen = {"ignore": ("lm_head", *arguments.ignore)}
+    for field in dataclasses.fields(Recipe):
+        value = getattr(arguments, field.name, None)
+        if "group" in field.metadata and value is not None:
+            chosen[field.name] = tuple(value) if isinstance(value, list) else value
+    return compose(weights, activations, arguments.method, arguments.preset, **chosen)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -131,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     huggingface_hub.logging.set_verbosity_error()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    device = _device(arguments.device)
+    device = device_named(arguments.device)
     model = Model(resolve_model(arguments.model), recipe, device)
     model.check_schemes()
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
@@ -198,7 +178,7 @@ def check_output(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output_dir {arguments.output_dir}: {place} is not a directory that can be written to")
 
 
-def _device(name: str):
+def device_named(name: str):
     import torch
 
     if name == "auto":

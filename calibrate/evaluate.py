@@ -1,14 +1,31 @@
-"""Perplexity of a model as calibration sees it: 16-bit, or fake-quantized with what was learned."""
+"""Quality of a model as calibration sees it: 16-bit, or fake-quantized with what was learned."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrate.end_to_end import divergence
 from calibrate.errors import UserError
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated, finished_block, run_in_place
+
+
+class Comparison(NamedTuple):
+    """A quantized model beside the 16-bit one that it was made from, on the same text.
+
+    Attributes:
+        perplexity: of the quantized model; full_precision: of the 16-bit one.
+        divergence: mean of KL(16-bit || quantized) of the next token's distribution, nats per token.
+    """
+
+    perplexity: float
+    full_precision: float
+    divergence: float
 
 
 @torch.no_grad()
@@ -21,10 +38,46 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated
         seqlen: tokens per window; the first of each is context only.
         calibrated: learned parameters, None for the 16-bit model.
     """
+    windows = _windows(stream, seqlen)
+    hidden = _final_states(model, windows, calibrated)
+    total = 0.0
+    head = model.head_module()
+    # One window at a time: the logits of a large vocabulary are larger than everything else here.
+    for states, tokens in zip(hidden, windows.to(hidden.device), strict=True):
+        total += functional.cross_entropy(head(states[:-1]), tokens[1:], reduction="sum").item()
+    return _exp(total / windows[:, 1:].numel())
+
+
+@torch.no_grad()
+def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated) -> Comparison:
+    """Perplexity of both models and how far their distributions are apart; arguments as of ``perplexity``.
+
+    In memory: the states behind the last block of both, fp32 [windows, seqlen, hidden] each on the device.
+    """
+    windows = _windows(stream, seqlen)
+    hidden, targets = _final_states(model, windows, calibrated), _final_states(model, windows, None)
+    totals = torch.zeros(3, dtype=torch.float64)
+    head = model.head_module()
+    for states, wanted, tokens in zip(hidden, targets, windows.to(hidden.device), strict=True):
+        student, teacher = head(states[:-1]), head(wanted[:-1])
+        totals[0] += functional.cross_entropy(student, tokens[1:], reduction="sum").item()
+        totals[1] += functional.cross_entropy(teacher, tokens[1:], reduction="sum").item()
+        totals[2] += divergence(student, teacher).sum().item()
+    quantized, full_precision, apart = (totals / windows[:, 1:].numel()).tolist()
+    return Comparison(_exp(quantized), _exp(full_precision), apart)
+
+
+def _windows(stream: Tensor, seqlen: int) -> Tensor:
+    """int64 [windows, seqlen]."""
     windows = stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)
     if not len(windows):
         raise UserError(f"evaluation text: expected at least {seqlen} tokens, found {len(stream)}; give more text")
-    position_embeddings = model.position_embeddings(seqlen)
+    return windows
+
+
+def _final_states(model: Model, windows: Tensor, calibrated: Calibrated | None) -> Tensor:
+    """Hidden states behind the last block: fp32 [windows, seqlen, hidden]."""
+    position_embeddings = model.position_embeddings(windows.shape[1])
     hidden = model.embed(windows)
     for index in range(model.blocks):
         if calibrated is None:
@@ -33,9 +86,9 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated
             block = finished_block(model, calibrated, index)
             block.prepare(ratio=1.0)
         run_in_place(block, hidden, position_embeddings, model.recipe.batch_size)
-    total = 0.0
-    head = model.head_module()
-    # One window at a time: the logits of a large vocabulary are larger than everything else here.
-    for states, tokens in zip(hidden, windows.to(hidden.device), strict=True):
-        total += functional.cross_entropy(head(states[:-1]), tokens[1:], reduction="sum").item()
-    return float(torch.tensor(total / windows[:, 1:].numel(), dtype=torch.float64).exp())
+    return hidden
+
+
+def _exp(mean: float) -> float:
+    """Infinite where a double cannot hold it: a broken model's perplexity is a figure too."""
+    return math.inf if mean > 709 else math.exp(mean)

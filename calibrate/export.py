@@ -13,7 +13,8 @@ from calibrate.model import Model
 from calibrate.pipeline import Calibrated, finished_block
 from calibrate.report import model_card
 from sliderquant_vllm.checkpoint import staging_directory, validate_checkpoint
-from sliderquant_vllm.format import FormatError, dequantize, pack_linear, unpack_linear
+from sliderquant_vllm.format import FormatError
+from sliderquant_vllm.packing import dequantize, pack_linear, unpack_linear
 from sliderquant_vllm.shards import Reader, write_shards
 
 
@@ -57,7 +58,8 @@ def _tensors(model: Model, calibrated: Calibrated, on_block: Callable[[int], Non
             scheme = block.linears[path].scheme.weights
             packed = pack_linear(code, scale, None if scheme.symmetric else zero_point, scheme)
             yield from ((f"{block.name}.{path}.{suffix}", tensor) for suffix, tensor in packed.items())
-        yield from ((f"{block.name}.{name}", tensor.to(model.dtype)) for name, tensor in others.items())
+        for name, tensor in others.items():
+            yield f"{block.name}.{name}", tensor if name.endswith(".added_bias") else tensor.to(model.dtype)
         on_block(index + 1)
     head = {name: tensor.to(model.dtype) for name, tensor in model.head_tensors.items()}
     if model.tied and not model.recipe.rotate:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,11 +14,30 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from calibrate.blocks import FAMILIES, BlockLayout, CalibrationBlock, rotate_block
+from calibrate.attention import IMPLEMENTATION
+from calibrate.blocks import CalibrationBlock
 from calibrate.errors import UserError, first_line
+from calibrate.experts import Part, name_pattern, split_experts
+from calibrate.layouts import FAMILIES, BlockLayout
 from calibrate.recipe import Recipe
-from calibrate.transforms import Rotation, fold_norm
-from sliderquant_vllm.format import FUSED_MODULES, LinearScheme, QuantizationConfig, matches
+from calibrate.transforms import (
+    Rotation,
+    equalize_pairs,
+    fold_norm,
+    fold_norms,
+    hadamard_block_size,
+    rotate_block,
+)
+from sliderquant_vllm.format import (
+    FUSED_MODULES,
+    FormatError,
+    LinearScheme,
+    OnlineHadamard,
+    Override,
+    QuantizationConfig,
+    matches,
+)
+from sliderquant_vllm.ops import hadamard_reference
 from sliderquant_vllm.shards import Reader
 
 SHORT_NAMES = {
@@ -27,11 +49,14 @@ SHORT_NAMES = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "mixtral-8x7b-instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen2.5-14b": "Qwen/Qwen2.5-14B",
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3-8b": "Qwen/Qwen3-8B",
     "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
 }
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = (
@@ -90,16 +115,19 @@ class Model:
         if recipe.seqlen > self.config.max_position_embeddings:
             longest = self.config.max_position_embeddings
             raise UserError(f"--seqlen {recipe.seqlen}: beyond the {longest} positions of the model; lower it")
-        self.layout: BlockLayout = FAMILIES[self.config.model_type]
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = IMPLEMENTATION
         try:
             with torch.device("meta"):
                 self.skeleton = AutoModelForCausalLM.from_config(self.config)
+            family = FAMILIES[self.config.model_type]
+            self.layouts: list[BlockLayout] = [family(self.config, index) for index in range(self.blocks)]
             head_dim = self.skeleton.model.layers[0].self_attn.head_dim
         except Exception as error:  # likewise
             raise UserError(f"--model {directory}: no model can be made from config.json ({error!r})") from None
         self.reader = Reader(self.directory)
-        self._check_tensors()
+        self.parts: dict[str, tuple[str, Part]] = {}  # tensors that the directory holds as parts of others
+        self._check_tensors(self._expected())
+        self.bits: dict[str, int] = {}  # of linears that have their own, by name
         self.stream = Rotation.random(self.config.hidden_size, recipe.seed)
         self.head = Rotation.random(head_dim, recipe.seed + 1)
 
@@ -123,9 +151,21 @@ class Model:
         except Exception as error:  # likewise
             raise UserError(f"--model {self.directory}: its tokenizer cannot be loaded ({error})") from None
 
-    def _check_tensors(self) -> None:
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that the config promises, experts fused or not as the directory has them."""
+        fused = {name: tuple(value.shape) for name, value in self.skeleton.state_dict().items()}
+        parts = {}
+        for index, layer in enumerate(self.skeleton.model.layers):
+            prefix = f"model.layers.{index}"
+            for name, (whole, part) in split_experts(layer, self.layouts[index]).items():
+                parts[f"{prefix}.{name}"] = (f"{prefix}.{whole}", part)
+        if any(whole in self.reader.headers for whole, _ in parts.values()):
+            self.parts = parts
+            return fused
+        return {name: tuple(value.shape) for name, value in self.skeleton.state_dict().items()}
+
+    def _check_tensors(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare names, shapes and dtypes with what the config promises, from the headers alone."""
-        expected = {name: tuple(value.shape) for name, value in self.skeleton.state_dict().items()}
         if self.tied:
             if not self.config.tie_word_embeddings:
                 raise UserError(f"{self.directory}: lm_head.weight is missing and the config does not tie it")
@@ -147,9 +187,10 @@ class Model:
 
     def read(self, name: str) -> Tensor:
         """A tensor as fp32 on the device. Raises UserError where it is not finite."""
-        tensor = self.reader.tensor(name).to(self.device, torch.float32)
+        stored, part = self.parts.get(name, (name, ()))
+        tensor = self.reader.tensor(stored)[part].to(self.device, torch.float32)
         if not torch.isfinite(tensor).all():
-            file = self.reader.headers[name].file
+            file = self.reader.headers[stored].file
             raise UserError(f"{file}: {name}: found NaN or infinite weights; download the model again")
         return tensor
 
@@ -158,33 +199,70 @@ class Model:
         return QuantizationConfig(
             weights=recipe.weights,
             activations=recipe.activations,
-            ignore=recipe.ignore,
+            ignore=(*recipe.ignore, *dict.fromkeys(_in_any_block(path) for path in self._routers())),
+            overrides=self._overrides(),
+            online_hadamard=tuple(
+                OnlineHadamard(match, size)
+                for match, size in {_in_any_block(path): size for path, size in self.online_hadamard.items()}.items()
+            ),
+            added_bias=tuple(dict.fromkeys(self._added_bias())) if recipe.correction else (),
             calibration=calibration or {},
         )
 
+    def _overrides(self) -> tuple[Override, ...]:
+        """One entry per linear whose bits are not the recipe's, experts of a block together."""
+        weights, activations = self.recipe.weights, self.recipe.activations
+        chosen = {f"re:{name_pattern(name)}" if ".experts." in name else name: bits for name, bits in self.bits.items()}
+        return tuple(
+            Override(match, replace(weights, bits=bits), activations)
+            for match, bits in chosen.items()
+            if bits != weights.bits
+        )
+
+    def _routers(self) -> Iterator[str]:
+        for layout in self.layouts:
+            yield from layout.routers
+
+    def _added_bias(self) -> Iterator[str]:
+        """Patterns of the linears that have a bias only because of the correction."""
+        for index, layout in enumerate(self.layouts):
+            for path in () if layout.routers else layout.readers[layout.mlp_norm]:
+                if f"model.layers.{index}.{path}.bias" not in self.reader.headers:
+                    yield _in_any_block(path)
+
     def schemes(self, index: int) -> dict[str, LinearScheme | None]:
         """Linear -> scheme of one block. Raises FormatError where parts of a fused module disagree."""
-        config = self.quantization_config()
+        config, layout = self.quantization_config(), self.layouts[index]
         prefix = f"model.layers.{index}"
-        for stem in sorted({path.rpartition(".")[0] for path in self.layout.linears}):
+        for stem in sorted({path.rpartition(".")[0] for path in layout.linears}):
             for fused in FUSED_MODULES:
                 config.scheme_for_fused(f"{prefix}.{stem}.{fused}")
-        return {path: config.scheme_for(f"{prefix}.{path}") for path in self.layout.linears}
+        schemes = {path: config.scheme_for(f"{prefix}.{path}") for path in layout.linears}
+        for paths in layout.fused_experts:
+            if len(found := {schemes[path]: path for path in paths}) > 1:
+                examples = ", ".join(f"{path}: {scheme or '16-bit'}" for scheme, path in found.items())
+                raise FormatError(
+                    f"{prefix}.{layout.experts}: all experts run as one matrix product and need one scheme, found "
+                    f"{examples}; make the patterns of --ignore treat them alike"
+                )
+        return schemes
 
     def check_schemes(self) -> None:
         """Refuse, before any work, a scheme that some layer's shape cannot have, and patterns that match nothing."""
-        names = [f"model.layers.{index}.{path}" for index in range(self.blocks) for path in self.layout.linears]
+        layouts = enumerate(self.layouts)
+        names = [f"model.layers.{index}.{path}" for index, layout in layouts for path in layout.linears]
         for pattern in self.recipe.ignore:
             if pattern != "lm_head" and not any(matches(pattern, name) for name in names):
                 raise UserError(f"--ignore {pattern}: matches no linear; they are named like {names[0]}")
         if not any(scheme for index in range(self.blocks) for scheme in self.schemes(index).values()):
             raise UserError("--ignore: leaves no linear to quantize; name fewer")
-        problems: dict[str, list[str]] = {}
+        problems: dict[str, dict[str, None]] = {}
         for index in range(self.blocks):
             for path, scheme in self.schemes(index).items():
                 out_features, in_features = self.skeleton.model.layers[index].get_submodule(path).weight.shape
                 if scheme and (problem := scheme.shape_problem(out_features, in_features)):
-                    problems.setdefault(f"{path} ({problem})", []).append(str(index))
+                    what = re.sub(r"(?<=\.experts\.)\d+", "*", path)
+                    problems.setdefault(f"{what} ({problem})", {})[str(index)] = None
         if problems:
             found = "; ".join(f"{what} in blocks {', '.join(where)}" for what, where in problems.items())
             raise UserError(
@@ -195,13 +273,31 @@ class Model:
     def block(self, index: int) -> CalibrationBlock:
         """Decoder block ``index`` with fp32 weights on the device."""
         prefix = f"model.layers.{index}."
-        layer = self.skeleton.model.layers[index]
+        layer, layout = self.skeleton.model.layers[index], self.layouts[index]
         tensors = {name: self.read(prefix + name) for name in layer.state_dict()}
+        if self.recipe.folds_norms:
+            fold_norms(tensors, layout)
+        if self.recipe.equalize != "off":
+            equalize_pairs(tensors, layout, self.head.signs.numel(), self.recipe.equalize == "all")
         if self.recipe.rotate:
-            rotate_block(tensors, self.layout, self.stream, self.head)
+            rotate_block(tensors, layout, self.stream, self.head)
+        schemes = self.schemes(index)
+        hadamard = {path: size for path, size in self.online_hadamard.items() if schemes.get(path)}
+        for path, size in hadamard.items():
+            weight = tensors[f"{path}.weight"]
+            tensors[f"{path}.weight"] = hadamard_reference(weight.double(), size).to(weight.dtype)
         layer = _materialise(layer, tensors)
         seed = self.recipe.seed * 100_003 + index
-        return CalibrationBlock(layer, self.layout, prefix[:-1], self.schemes(index), self.recipe, seed)
+        return CalibrationBlock(layer, layout, prefix[:-1], schemes, self.recipe, seed, hadamard)
+
+    @cached_property
+    def online_hadamard(self) -> dict[str, int]:
+        """Linear -> block size of the Hadamard transform of its input while serving."""
+        if not self.recipe.online_hadamard:
+            return {}
+        kinds = dict(zip(self.layouts, self.skeleton.model.layers, strict=True))
+        downs = {mlp.down: layer.get_submodule(mlp.down) for layout, layer in kinds.items() for mlp in layout.mlps}
+        return {path: hadamard_block_size(down.weight.shape[1]) for path, down in downs.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first block: [..., seqlen] int64 -> fp32 [..., seqlen, hidden]."""
@@ -245,6 +341,11 @@ class Model:
         for file in sorted(self.directory.iterdir()):
             if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(file, directory / file.name)
+
+
+def _in_any_block(path: str) -> str:
+    """A pattern for the linears of a name in all blocks, and of all experts if it is that of one."""
+    return f"re:model\\.layers\\.\\d+\\.{name_pattern(path)}"
 
 
 def _materialise(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

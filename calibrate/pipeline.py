@@ -8,17 +8,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from calibrate.allocation import allocate, sensitivities
 from calibrate.blocks import CalibrationBlock
+from calibrate.end_to_end import check_memory, tune
+from calibrate.experts import counting
 from calibrate.model import Model
 from calibrate.reconstruct import WindowResult, reconstruct
+from calibrate.start import start_block
 from calibrate.windows import Window
+
+SENSITIVITY_TOKENS = 8192
 
 
 class Progress(Protocol):
-    """Where the pipeline reports to."""
+    """Where the pipeline reports to. A step counts as ``size`` blocks of one batch."""
 
     def window(self, number: int, total: int, window: Window, ratio: float, steps: int) -> None: ...
+    def phase(self, title: str, steps: int, size: int) -> None: ...
     def step(self, loss: float) -> None: ...
+    def phase_done(self) -> None: ...
     def window_done(self, result: WindowResult) -> None: ...
 
 
@@ -33,7 +41,7 @@ class Pass:
 
 @dataclass(slots=True)
 class Calibrated:
-    """Learned parameters of every block, and the losses of every pass."""
+    """What was decided about every block, and the losses of every pass."""
 
     states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     results: list[tuple[Pass, WindowResult]] = field(default_factory=list)
@@ -41,7 +49,7 @@ class Calibrated:
 
 def passes(recipe, blocks: int) -> list[list[Pass]]:
     """All passes, cut into sweeps; each sweep goes over the model once, from its first block on."""
-    if recipe.method != "sliderquant":
+    if not (recipe.epochs and recipe.learns_anything):
         return []
     windows = recipe.windows(blocks)
     stages = list(zip(recipe.stages, recipe.stage_epochs(), strict=True))
@@ -54,7 +62,7 @@ def finished_block(model: Model, calibrated: Calibrated, index: int) -> Calibrat
     """A block with what it learned, its norm scales where the served dtype holds them exactly."""
     block = model.block(index)
     if index in calibrated.states:
-        block.load_learned(calibrated.states[index])
+        block.load_state(calibrated.states[index])
     block.snap_scales(model.dtype)
     return block
 
@@ -85,9 +93,10 @@ class _Sweep:
         while self.first + len(self.blocks) <= window.last:
             index = self.first + len(self.blocks)
             block = self.model.block(index)
-            run_in_place(block, self.targets, self.position_embeddings, self.model.recipe.batch_size)
+            with counting(block.experts):
+                run_in_place(block, self.targets, self.position_embeddings, self.model.recipe.batch_size)
             if index in self.calibrated.states:
-                block.load_learned(self.calibrated.states[index])
+                block.load_state(self.calibrated.states[index])
             self.blocks.append(block)
 
 
@@ -98,6 +107,37 @@ def run_in_place(block: CalibrationBlock, hidden: Tensor, position_embeddings: t
         batch.copy_(block(batch, position_embeddings))
 
 
+def start(model: Model, samples: Tensor, progress: Progress) -> dict[int, dict[str, Tensor]]:
+    """The initial state of every block, found block by block behind those before it."""
+    progress.phase("starting values", model.blocks, -(-len(samples) // model.recipe.batch_size))
+    position_embeddings = model.position_embeddings(samples.shape[1])
+    inputs = model.embed(samples)
+    targets = inputs.clone() if model.recipe.correction else inputs
+    states = {}
+    for index in range(model.blocks):
+        block = model.block(index)
+        start_block(block, inputs, targets, position_embeddings, model.recipe)
+        states[index] = block.state()
+        if model.recipe.correction:
+            block.release()
+            run_in_place(block, targets, position_embeddings, model.recipe.batch_size)
+        block.prepare(ratio=1.0)
+        run_in_place(block, inputs, position_embeddings, model.recipe.batch_size)
+        progress.step(float("nan"))
+    progress.phase_done()
+    return states
+
+
+def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
+    """Give every linear the bits that its sensitivity earns under the recipe's average."""
+    few = samples[: max(SENSITIVITY_TOKENS // samples.shape[1], 1)]
+    progress.phase("sensitivities", model.blocks, -(-len(few) // model.recipe.batch_size))
+    found = sensitivities(model, few, seed=model.recipe.seed, on_block=lambda index: progress.step(float("nan")))
+    bits = allocate(found.scores, found.sizes, model.recipe.average_bits)
+    model.bits = {linear: bits[unit] for unit, linears in found.linears.items() for linear in linears}
+    progress.phase_done()
+
+
 def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
     """Run every pass of the model's recipe.
 
@@ -106,6 +146,12 @@ def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
     """
     recipe = model.recipe
     calibrated = Calibrated()
+    if recipe.end_to_end_epochs and recipe.learns_anything:
+        check_memory(model)
+    if recipe.average_bits is not None:
+        choose_bits(model, samples, progress)
+    if recipe.needs_start:
+        calibrated.states = start(model, samples, progress)
     sweeps = passes(recipe, model.blocks)
     total = sum(map(len, sweeps))
     batches = -(-len(samples) // recipe.batch_size)
@@ -128,7 +174,11 @@ def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
             )
             sweep.ratio = each.ratio
             for index, block in enumerate(sweep.blocks, sweep.first):
-                calibrated.states[index] = block.learned_state()
+                calibrated.states[index] = block.state()
             calibrated.results.append((each, result))
             progress.window_done(result)
+    if recipe.end_to_end_epochs and recipe.learns_anything:
+        progress.phase("end to end", recipe.end_to_end_epochs * batches, model.blocks)
+        tune(model, calibrated.states, samples, progress.step)
+        progress.phase_done()
     return calibrated

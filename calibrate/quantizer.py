@@ -1,4 +1,4 @@
-"""Fake quantization with straight-through rounding: weights with learnable clipping, activations per token.
+"""Fake quantization with straight-through rounding: weights over learned bounds, activations per token.
 
 Both quantizers are asymmetric or symmetric, uniform, and their range always includes 0, so that a zero point is a
 valid code. ``channels`` is the number of input channels that are quantized, the first ones; the rest stay as they
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 
-CLIP_INIT = 4.0  # sigmoid(4) = 0.982: clipping starts just inside the range
 
-
-def clip_parameters(weight: Tensor, scheme: WeightScheme, learned: bool) -> Tensor:
-    """Initial logits of clipping, fp32 [2, N, G], upper bound first: infinite where it is not learned."""
-    size = (2, weight.shape[0], scheme.groups(weight.shape[1]))
-    return torch.full(size, CLIP_INIT if learned else torch.inf, device=weight.device)
+def weight_bounds(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """Largest and smallest weight of every row or group, 0 included: fp32 [2, N, G] of a weight [N, K]."""
+    grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
+    return torch.stack((grouped.amax(2).clamp(min=0), grouped.amin(2).clamp(max=0)))
 
 
 def quantized_channels(ratio: float, in_features: int, scheme: WeightScheme) -> int:
@@ -32,11 +30,12 @@ def scale_dtype(scheme: WeightScheme) -> torch.dtype:
     return torch.float32 if scheme.group_size == -1 else torch.bfloat16
 
 
-def weight_grid(high: Tensor, low: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero point, fp32, of the range [low, high] with low <= 0 <= high, any shape.
+def weight_grid(bounds: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point, fp32 [...], of bounds [2, ...]: the upper one, then the lower one.
 
     The scale is one that the checkpoint can hold exactly. An empty range gets scale 1, which keeps its zeros.
     """
+    high, low = bounds[0].clamp(min=0), bounds[1].clamp(max=0)
     if scheme.symmetric:
         half = scheme.symmetric_zero_point
         scale = torch.maximum(high / (half - 1), -low / half)
@@ -49,110 +48,86 @@ def weight_grid(high: Tensor, low: Tensor, scheme: WeightScheme) -> tuple[Tensor
     return scale, torch.round(-low / scale).clamp_(0, scheme.max_code)
 
 
-def quantize_weight(weight: Tensor, clip: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, bounds: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor]:
     """Integer codes of a weight, as they are stored; dequantized they equal ``fake_quantize_weight`` bit for bit.
 
     Args:
         weight: fp32 [N, K].
-        clip: [2, N, G] logits.
+        bounds: fp32 [2, N, G], as ``weight_bounds`` gives them.
 
     Returns:
         codes uint8 [N, K], scale [N, G] in ``scale_dtype``, zero_point uint8 [N, G].
     """
-    grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
-    scale, zero_point = _clipped_grid(grouped.amax(2), grouped.amin(2), clip, scheme)
-    codes = _round_to_grid(grouped, scale, zero_point, scheme)[2].flatten(1)
+    scale, zero_point = weight_grid(bounds, scheme)
+    codes = _round_to_grid(weight, scale, zero_point, scheme)[1].flatten(1)
     return codes.to(torch.uint8), scale.to(scale_dtype(scheme)), zero_point.to(torch.uint8)
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """Keeps the weight and [N, G] tensors for backward, nothing else of the weight's size.
+    """Keeps one tensor of the weight's size for backward: code minus real-valued position.
 
-    Inside the range the gradient passes straight through; codes at a bound follow that bound; the rest moves the
-    bounds by its rounding error (as LSQ, arXiv 1902.08153, with the range in place of the step).
+    It tells inside from outside, since rounding moves no value by more than half a step. Inside, the gradient
+    passes straight through; codes at a bound follow that bound; the rest moves the bounds by its rounding error (as
+    LSQ, arXiv 1902.08153, with the range in place of the step).
     """
 
     @staticmethod
-    def forward(ctx, weight, clip, scheme, channels):
-        grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
-        high, high_at = grouped.max(2)
-        low, low_at = grouped.min(2)
-        ctx.scheme, ctx.channels = scheme, channels
-        ctx.save_for_backward(weight, clip, high, high_at, low, low_at)
-        quantized = _round_to_grid(grouped, *_clipped_grid(high, low, clip, scheme), scheme)[0].flatten(1)
+    def forward(ctx, weight, bounds, scheme, channels):
+        scale, zero_point = weight_grid(bounds, scheme)
+        position, code = _round_to_grid(weight, scale, zero_point, scheme)
+        error = torch.sub(code, position, out=position)
+        quantized = code.sub_(zero_point.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1)
         if channels < weight.shape[1]:
-            quantized = torch.cat((quantized[:, :channels], weight[:, channels:]), 1)
+            quantized[:, channels:] = weight[:, channels:]
+            error.flatten(1)[:, channels:] = 0
+        ctx.scheme = scheme
+        ctx.save_for_backward(error, bounds, scale, zero_point)
         return quantized
 
     @staticmethod
     def backward(ctx, grad):
-        weight, clip, high, high_at, low, low_at = ctx.saved_tensors
+        error, bounds, scale, zero_point = ctx.saved_tensors
         scheme = ctx.scheme
-        groups = high.shape[1]
-        grouped = weight.unflatten(1, (groups, -1))
-        if partial := ctx.channels < weight.shape[1]:
-            kept = grad[:, ctx.channels :]
-            grad = torch.cat((grad[:, : ctx.channels], torch.zeros_like(kept)), 1)
-        grad = grad.unflatten(1, (groups, -1))
-        scale, zero_point = _clipped_grid(high, low, clip, scheme)
-        _, position, code = _round_to_grid(grouped, scale, zero_point, scheme)
-        above, below = position > scheme.max_code + 0.5, position < -0.5
-        inside = ~(above | below)
-        grad_inside = grad * inside
-        error = (code - position).mul_(grad_inside).sum(2)
-        grad_above, grad_below = (grad * above).sum(2), (grad * below).sum(2)
-        keep_high, keep_low = clip[0].sigmoid(), clip[1].sigmoid()
-        high_range, low_range = high.clamp(min=0), low.clamp(max=0)
+        grouped = grad.unflatten(1, (error.shape[1], -1))
+        above, below = error < -0.5, error > 0.5
+        grad_above, grad_below = (grouped * above).sum(2), (grouped * below).sum(2)
+        grad_inside = grouped.masked_fill(above.logical_or_(below), 0)
+        along_error = (grad_inside * error).sum(2)
+        high, low = bounds[0], bounds[1]
         if scheme.symmetric:
             half = scheme.symmetric_zero_point
-            grad_scale = error + grad_above * (half - 1) - grad_below * half
-            from_high = high_range * keep_high / (half - 1) >= -low_range * keep_low / half
+            grad_scale = along_error + grad_above * (half - 1) - grad_below * half
+            from_high = high / (half - 1) >= -low / half
             grad_high = torch.where(from_high, grad_scale / (half - 1), 0)
             grad_low = torch.where(from_high, 0, -grad_scale / half)
         else:
             # A value at a bound is off that bound by the rounding of the zero point.
-            zero_error = zero_point + low_range * keep_low / scale
-            error = (error - zero_error * (grad_above + grad_below)) / scheme.max_code
-            grad_high, grad_low = grad_above + error, grad_below - error
-        grad_clip = torch.stack(
-            (
-                grad_high * high_range * keep_high * (1 - keep_high),
-                grad_low * low_range * keep_low * (1 - keep_low),
-            )
-        )
-        grad_weight = grad_inside
-        grad_weight.scatter_add_(2, high_at.unsqueeze(2), (grad_high * keep_high * (high > 0)).unsqueeze(2))
-        grad_weight.scatter_add_(2, low_at.unsqueeze(2), (grad_low * keep_low * (low < 0)).unsqueeze(2))
-        grad_weight = grad_weight.flatten(1)
-        if partial:
-            grad_weight[:, ctx.channels :] += kept
-        return grad_weight, grad_clip, None, None
+            zero_error = zero_point + low.clamp(max=0) / scale
+            along_error = (along_error - zero_error * (grad_above + grad_below)) / scheme.max_code
+            grad_high, grad_low = grad_above + along_error, grad_below - along_error
+        grad_bounds = torch.stack((grad_high * (high > 0), grad_low * (low < 0)))
+        return grad_inside.flatten(1), grad_bounds, None, None
 
 
-def _clipped_grid(high: Tensor, low: Tensor, clip: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    return weight_grid(high.clamp(min=0) * clip[0].sigmoid(), low.clamp(max=0) * clip[1].sigmoid(), scheme)
+def _round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme) -> tuple[Tensor, Tensor]:
+    """Real-valued code positions and codes, each [N, G, K/G]."""
+    grouped = weight.unflatten(1, (scale.shape[1], -1))
+    position = grouped / scale.unsqueeze(2) + zero_point.unsqueeze(2)
+    return position, torch.round(position).clamp_(0, scheme.max_code)
 
 
-def _round_to_grid(grouped, scale, zero_point, scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantized values, real-valued code positions and codes, each [N, G, K/G]."""
-    scale, zero_point = scale.unsqueeze(2), zero_point.unsqueeze(2)
-    position = grouped / scale + zero_point
-    code = torch.round(position).clamp_(0, scheme.max_code)
-    return (code - zero_point) * scale, position, code
-
-
-def fake_quantize_weight(weight: Tensor, clip: Tensor, scheme: WeightScheme, channels: int) -> Tensor:
-    """Quantize and dequantize, differentiable in the weight and in the clipping logits.
+def fake_quantize_weight(weight: Tensor, bounds: Tensor, scheme: WeightScheme, channels: int) -> Tensor:
+    """Quantize and dequantize, differentiable in the weight and in the bounds.
 
     Args:
         weight: fp32 [N, K].
-        clip: fp32 [2, N, G] logits.
+        bounds: fp32 [2, N, G], upper and lower end of the range; clamped so that it includes 0.
         channels: quantized input channels; a multiple of the group size where there are groups.
 
     Returns:
         fp32 [N, K].
     """
-    return _FakeQuantizeWeight.apply(weight, clip, scheme, channels)
+    return _FakeQuantizeWeight.apply(weight, bounds, scheme, channels)
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from calibrate.errors import UserError
@@ -18,57 +18,75 @@ from sliderquant_vllm.format import (
     WeightScheme,
 )
 
-METHODS = ("sliderquant", "rtn")
-STAGE_ORDERS = ("outer", "inner")
+
+def option(default: Any, group: str, meaning: str, choices: tuple = ()) -> Any:
+    """A field that is a flag of the command line too, in one of its groups."""
+    return field(default=default, metadata={"group": group, "help": meaning, "choices": choices})
+
+
+START, WINDOWS, LEARNING, DATA = "start", "windows", "learning", "calibration data"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that decides the result; defaults are the published SliderQuant settings (arXiv 2603.25284).
-
-    Attributes:
-        method: "sliderquant", or "rtn" for plain round-to-nearest of the same model.
-        rotate: rotate the residual stream and the value heads first (SliderQuant+).
-        shallow, deep, window, stride: sizes of the window schedules, in blocks.
-        stages: growing ratios of quantized input channels; the last one is 1.
-        stage_order: "outer" passes over all windows once per stage; "inner" runs the stages inside each window.
-        epochs: passes over the samples per window, split evenly over the stages.
-        lr_scale, lr_lora, lr_clip: learning rates per sample; multiplied by the batch size.
-        lora_rank: 0 switches low-rank adaptation off.
-        learn_scale, learn_clip: channel scaling (needs quantized activations), weight clipping.
-        nsamples, seqlen: calibration samples and tokens per sample.
-        ignore: names or "re:" patterns of linears that stay in 16 bits.
+    """All that decides the result. The defaults switch everything off; ``calibrate.methods`` has the settings that
+    make up a method. What a field means stands beside it.
     """
 
     weights: WeightScheme
     activations: ActivationScheme | None = None
-    method: str = "sliderquant"
-    rotate: bool = False
-    shallow: int = 4
-    deep: int = 4
-    window: int = 2
-    stride: int = 1
-    stages: tuple[float, ...] = (0.5, 1.0)
-    stage_order: str = "outer"
-    epochs: int = 20
-    batch_size: int = 3
-    lr_scale: float = 1e-3
-    lr_lora: float = 1e-4
-    lr_clip: float = 1e-2
-    lora_rank: int = 4
-    learn_scale: bool = False
-    learn_clip: bool = True
-    dataset: str = "Salesforce/wikitext:wikitext-2-raw-v1"
-    nsamples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
+    method: str = "rtn"
     ignore: tuple[str, ...] = ("lm_head",)
 
+    kv_bits: int = option(16, START, "calibrate for a cache that keeps K and V in so many bits", (16, 8, 4))
+    average_bits: float | None = option(
+        None, START, "choose the weight bits per layer by sensitivity, so many on average"
+    )
+    equalize: str = option("off", START, "balance v -> o and up -> down, needs no data", ("off", "outliers", "all"))
+    rotate: bool = option(False, START, "rotate the residual stream and the value heads; folds the norms")
+    online_hadamard: bool = option(False, START, "transform the input of down_proj, while serving too")
+    scale_start: str = option("ones", START, "initial channel scales", ("ones", "awq", "smoothquant"))
+    range_start: str = option("whole", START, "initial range of the weights", ("whole", "search"))
+    rounding_start: str = option("nearest", START, "initial codes", ("nearest", "gptq"))
+    dual_scale: bool = option(False, START, "D2Quant's scale of the input channels of down_proj")
+    correction: bool = option(False, START, "D2Quant's shift behind the MLP norm, served as a bias")
+
+    shallow: int = option(4, WINDOWS, "blocks of the shallow part")
+    deep: int = option(4, WINDOWS, "blocks of the deep part")
+    window: int = option(2, WINDOWS, "blocks per window between them")
+    stride: int = option(1, WINDOWS, "blocks from window to window")
+    stages: tuple[float, ...] = option((1.0,), WINDOWS, "growing ratios of quantized input channels, the last one 1")
+    stage_order: str = option("outer", WINDOWS, "stages around the windows, or inside each", ("outer", "inner"))
+    epochs: int = option(0, WINDOWS, "passes over the samples per window; 0 leaves every block at its start")
+    end_to_end_epochs: int = option(0, WINDOWS, "passes that tune all blocks together against the 16-bit logits")
+    batch_size: int = option(3, WINDOWS, "samples per step")
+
+    learn_scale: bool = option(False, LEARNING, "channel scales")
+    learn_clip: bool = option(False, LEARNING, "ranges of the weights")
+    learn_rounding: bool = option(False, LEARNING, "an offset per weight")
+    learn_shift: bool = option(False, LEARNING, "the shift of --correction")
+    lora_rank: int = option(0, LEARNING, "low-rank adaptation inside the quantizer; 0 is off")
+    lr_scale: float = option(1e-3, LEARNING, "learning rate per sample of a step")
+    lr_clip: float = option(5e-4, LEARNING, "learning rate per sample of a step, as a share of the range")
+    lr_rounding: float = option(1e-3, LEARNING, "learning rate per sample of a step, in steps of the grid")
+    lr_shift: float = option(1e-4, LEARNING, "learning rate per sample of a step")
+    lr_lora: float = option(1e-4, LEARNING, "learning rate per sample of a step")
+    lr_end_to_end: float = option(1.0, LEARNING, "factor on all learning rates end to end")
+
+    dataset: str = option("Salesforce/wikitext:wikitext-2-raw-v1", DATA, "text file, directory, glob or hub id")
+    nsamples: int = option(128, DATA, "samples")
+    seqlen: int = option(2048, DATA, "tokens per sample")
+    seed: int = option(0, DATA, "seed of everything random")
+
     def __post_init__(self):
-        self._choice("method", METHODS)
-        self._choice("stage_order", STAGE_ORDERS)
+        for each in fields(self):
+            choices, value = each.metadata.get("choices"), getattr(self, each.name)
+            if choices and value not in choices:
+                expected = ", ".join(map(str, choices))
+                raise UserError(f"--{each.name}: expected one of {expected}, found {value!r}")
         for name, least in {
-            "epochs": 1,
+            "epochs": 0,
+            "end_to_end_epochs": 0,
             "batch_size": 1,
             "nsamples": 1,
             "seqlen": 2,
@@ -77,30 +95,54 @@ class Recipe:
         }.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}: expected at least {least}, found {getattr(self, name)}")
-        for name in ("lr_scale", "lr_lora", "lr_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name}: expected a finite number of 0 or more, found {getattr(self, name)}")
+        for name in (each.name for each in fields(self) if each.name.startswith("lr_")):
+            rate = getattr(self, name)
+            if not (math.isfinite(rate) and rate > 0):
+                raise UserError(f"--{name}: expected a learning rate above 0, found {rate}")
         if self.seed >= 2**32:
             raise UserError(f"--seed: expected less than 2**32, found {self.seed}")
-        if not self.stages or list(self.stages) != sorted(set(self.stages)) or self.stages[-1] != 1:
-            raise UserError(f"--stages: expected growing ratios that end with 1, found {list(self.stages)}")
-        if self.stages[0] <= 0:
-            raise UserError(f"--stages: expected ratios above 0, found {self.stages[0]}")
-        if self.epochs < len(self.stages):
-            raise UserError(
-                f"--epochs: expected at least one for each of the {len(self.stages)} stages, found {self.epochs}"
-            )
-        if self.learn_scale and self.activations is None:
-            raise UserError("--learn_scale: channel scaling needs quantized activations; this scheme is weight-only")
+        stages = self.stages
+        if not stages or list(stages) != sorted(set(stages)) or stages[0] <= 0 or stages[-1] != 1:
+            raise UserError(f"--stages: expected growing ratios above 0 that end with 1.0, found {list(stages)}")
+        if 0 < self.epochs < len(stages):
+            expected = f"at least one for each of the {len(stages)} stages"
+            raise UserError(f"--epochs: expected {expected}, found {self.epochs}")
+        if self.activations is not None and (self.correction or self.learn_shift):
+            raise UserError("--correction: for weight-only schemes, since a shift would widen quantized activations")
         try:
             LinearScheme(self.weights, self.activations)
             schedule(1, self.shallow, self.deep, self.window, self.stride)
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def _choice(self, name: str, choices: tuple) -> None:
-        if getattr(self, name) not in choices:
-            raise UserError(f"--{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
+    def learns(self, kind: str) -> bool:
+        """Whether a kind of parameter is learned: scale, clip, lora, rounding or shift."""
+        if not (self.epochs or self.end_to_end_epochs):
+            return False
+        return self.lora_rank > 0 if kind == "lora" else getattr(self, f"learn_{kind}")
+
+    @property
+    def learns_anything(self) -> bool:
+        return any(map(self.learns, ("scale", "clip", "rounding", "shift", "lora")))
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether weights are rounded to other codes than the nearest ones."""
+        return self.learns("rounding") or self.rounding_start == "gptq" or self.dual_scale
+
+    @property
+    def has_scales(self) -> bool:
+        return self.learns("scale") or self.scale_start != "ones" or self.dual_scale
+
+    @property
+    def folds_norms(self) -> bool:
+        return self.equalize != "off" or self.rotate
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the initial values depend on the calibration samples."""
+        starts = (self.scale_start != "ones", self.range_start == "search", self.rounding_start == "gptq")
+        return any(starts) or self.dual_scale or self.correction
 
     def windows(self, blocks: int) -> list[Window]:
         return schedule(blocks, self.shallow, self.deep, self.window, self.stride)

@@ -53,14 +53,14 @@ def reconstruct(
     if not any(True for block in blocks for _ in block.learned()):
         loss = _loss(blocks, inputs, targets, position_embeddings, recipe, ratio)
         return WindowResult(loss, loss)
-    start = [block.learned_state() for block in blocks]
+    start = [block.state() for block in blocks]
     for attempt in range(RETRIES + 1):
         factor = 0.1**attempt
         result = _optimise(blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step)
         if result is not None:
             return result
         for block, state in zip(blocks, start, strict=True):
-            block.load_learned(state)
+            block.load_state(state)
         if attempt < RETRIES:
             logger.warning(
                 "the loss became non-finite; starting the window again with %g of the learning rates",
@@ -118,7 +118,13 @@ def _loss(blocks, inputs, targets, position_embeddings, recipe, ratio) -> float:
 
 def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: float) -> list[dict]:
     """Learned parameters by learning rate, each already multiplied by the batch size."""
-    rates = {"scales": recipe.lr_scale, "lora": recipe.lr_lora, "clip": recipe.lr_clip}
+    rates = {
+        "scales": recipe.lr_scale,
+        "lora": recipe.lr_lora,
+        "clip": recipe.lr_clip,
+        "offset": recipe.lr_rounding,
+        "shift": recipe.lr_shift,
+    }
     groups: dict[str, list] = {kind: [] for kind in rates}
     for block in blocks:
         for name, value in block.learned():

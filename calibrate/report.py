@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from calibrate.experts import token_table
 from calibrate.pipeline import Calibrated, passes
 from calibrate.recipe import Recipe
 from calibrate.reconstruct import WindowResult
@@ -23,16 +24,24 @@ from sliderquant_vllm.format import LinearScheme
 
 
 class TerminalProgress:
-    """A progress bar on a terminal; elsewhere one line per window."""
+    """A progress bar on a terminal; elsewhere one line per window.
+
+    Work is counted in blocks times steps: every phase is worth what it computes.
+    """
 
     def __init__(self, console: Console, recipe: Recipe, blocks: int, samples: int):
         batches = -(-samples // recipe.batch_size)
         self.work = sum(
             each.epochs * batches * _size(each.window) for sweep in passes(recipe, blocks) for each in sweep
         )
+        if recipe.learns_anything:
+            self.work += recipe.end_to_end_epochs * batches * blocks
+        self.work += recipe.needs_start * blocks * batches
+        self.blocks, self.batches = blocks, batches
         self.console, self.interactive = console, console.is_terminal
         self.started = time.monotonic()
-        self.done = 0
+        self.done = self.size = 0
+        self.title = ""
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -53,24 +62,30 @@ class TerminalProgress:
     def __exit__(self, *exception) -> None:
         self.bar.stop()
 
+    def phase(self, title: str, steps: int, size: int) -> None:
+        self.title, self.size = title, size
+        self.bar.update(self.task, description=title)
+
     def window(self, number: int, total: int, window: Window, ratio: float, steps: int) -> None:
-        self.title = f"window {number}/{total} (blocks {window}, {ratio:.0%} of channels)"
-        self.size = _size(window)
-        self.bar.update(self.task, description=self.title)
+        channels = "" if ratio == 1 else f", {ratio:.0%} of channels"
+        self.phase(f"window {number}/{total} (blocks {window}{channels})", steps, _size(window))
 
     def step(self, loss: float) -> None:
         self.done += self.size
         self.bar.update(self.task, completed=self.done, loss=loss)
 
-    def window_done(self, result: WindowResult) -> None:
+    def phase_done(self, first_loss: float | None = None, last_loss: float | None = None) -> None:
+        if self.interactive:
+            return
         elapsed = time.monotonic() - self.started
         # Steps of a window that was started again come on top of the plan.
         remaining = max(elapsed * (self.work / self.done - 1), 0) if self.done else 0
-        line = f"{self.title}: loss {result.first_loss:.3e} -> {result.last_loss:.3e}"
-        if not self.interactive:
-            self.console.print(
-                f"{line}, elapsed {elapsed:.0f} s, ETA {remaining:.0f} s", highlight=False, soft_wrap=True
-            )
+        losses = "" if first_loss is None else f": loss {first_loss:.3e} -> {last_loss:.3e}"
+        line = f"{self.title}{losses}, elapsed {elapsed:.0f} s, ETA {remaining:.0f} s"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def window_done(self, result: WindowResult) -> None:
+        self.phase_done(result.first_loss, result.last_loss)
 
 
 def _size(window: Window) -> int:
@@ -93,6 +108,14 @@ Mean squared error at each window's output, averaged over its first and its last
 | # | blocks | ratio | first | last |
 |---|---|---|---|---|
 {losses}
+"""
+    table = token_table(calibrated.states)
+    experts = f"""
+## Experts
+
+Calibration tokens per expert; starved ones lean on their block's statistics.
+
+{table}
 """
     perplexity = calibration.get("perplexity")
     quality = (
@@ -126,4 +149,4 @@ Made by `python -m calibrate` ({recipe.method}). Serve it with
 {settings}
 
 Calibration data: SHA-256 of the token ids {calibration["data_sha256"]}.
-{learned if calibrated.results else ""}"""
+{learned if calibrated.results else ""}{experts if table else ""}"""

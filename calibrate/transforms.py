@@ -4,6 +4,8 @@ The residual stream is rotated by a random Hadamard-like matrix Q, fused offline
 reads the stream take Q on their input side, every linear that writes it on their output side. RMSNorm commutes
 with Q once its weight is folded into the linears behind it; the embedding mean is left alone, since RMSNorm,
 unlike LayerNorm, does not subtract it. The value heads are rotated too, undone by o_proj: attention is linear in V.
+Before anything is rotated the pairs v -> o and up -> down can be equalized: a rotation spreads an outlier channel
+over its neighbours, but cannot undo it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from calibrate.layouts import BlockLayout
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -37,6 +41,7 @@ def cosine_matrix(size: int) -> Tensor:
     return matrix.T.contiguous()
 
 
+OUTLIER = 4.0  # times the median balance of a pair's channels
 CHUNK = 1 << 22  # values that are rotated at a time: float64 copies of a whole embedding would not fit
 
 
@@ -78,3 +83,79 @@ class Rotation:
 def fold_norm(norm_weight: Tensor, weight: Tensor) -> Tensor:
     """The weight [N, K] of a linear behind an RMSNorm, with the norm's weight [K] multiplied into its columns."""
     return (weight.double() * norm_weight.double()).to(weight.dtype)
+
+
+def fold_norms(tensors: dict[str, Tensor], layout: BlockLayout) -> None:
+    """Multiply the norms of a block into the linears behind them, in place; the norms are 1 afterwards."""
+    for norm, readers in layout.readers.items():
+        for name in readers:
+            tensors[f"{name}.weight"] = fold_norm(tensors[f"{norm}.weight"], tensors[f"{name}.weight"])
+        tensors[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
+
+
+def equalize_pairs(tensors: dict[str, Tensor], layout: BlockLayout, head_dim: int, everywhere: bool) -> None:
+    """Balance row j of up and value with column j of down and output, in place; no data, function preserved.
+
+    The two can exchange a factor (cross-layer equalization, Nagel et al., arXiv 1906.04721, eq. 11, with the 2-norm).
+    Done ``everywhere`` it makes activations even; otherwise only channels far off their neighbours are changed,
+    since the weights of trained models are mostly well balanced for rounding.
+    """
+    for mlp in layout.mlps:
+        columns = tensors[f"{mlp.down}.weight"].double().norm(dim=0)
+        scale = _balance(tensors[f"{mlp.up}.weight"].double().norm(dim=1), columns, everywhere)
+        _divide_rows(tensors, mlp.up, scale)
+        _multiply_columns(tensors, mlp.down, scale)
+    rows = tensors[f"{layout.value}.weight"].double().norm(dim=1).view(-1, head_dim)
+    columns = tensors[f"{layout.output}.weight"].double().norm(dim=0).view(len(rows), -1, head_dim)
+    scale = _balance(rows, columns.norm(dim=1), everywhere)
+    _divide_rows(tensors, layout.value, scale.flatten())
+    _multiply_columns(tensors, layout.output, scale.unsqueeze(1).expand_as(columns).flatten())
+
+
+def _balance(rows: Tensor, columns: Tensor, everywhere: bool) -> Tensor:
+    """By which to divide rows and multiply columns of these norms."""
+    balance = torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), torch.nan)
+    if everywhere:
+        return balance.nan_to_num(1.0)
+    off = (balance / balance.nanmedian()).nan_to_num(1.0)
+    return torch.where((off > OUTLIER) | (off < 1 / OUTLIER), off, torch.ones_like(off))
+
+
+def _divide_rows(tensors: dict[str, Tensor], name: str, scale: Tensor) -> None:
+    weight = tensors[f"{name}.weight"]
+    tensors[f"{name}.weight"] = (weight / scale.unsqueeze(1)).to(weight.dtype)
+    if (key := f"{name}.bias") in tensors:
+        tensors[key] = (tensors[key] / scale).to(weight.dtype)
+
+
+def _multiply_columns(tensors: dict[str, Tensor], name: str, scale: Tensor) -> None:
+    weight = tensors[f"{name}.weight"]
+    tensors[f"{name}.weight"] = (weight * scale).to(weight.dtype)
+
+
+def rotate_block(tensors: dict[str, Tensor], layout: BlockLayout, stream: Rotation, head: Rotation) -> None:
+    """Rotate the residual stream and the value heads of a block whose norms are folded, in place.
+
+    Args:
+        tensors: "module.weight" / "module.bias" of one block, any floating dtype.
+        stream: rotation of the hidden size; head: rotation of one attention head.
+    """
+    head_dim = head.signs.numel()
+    for readers in layout.readers.values():
+        for name in readers:
+            tensors[f"{name}.weight"] = stream.apply(tensors[f"{name}.weight"])
+    for name in layout.writers:
+        for kind in ("weight", "bias"):
+            if (key := f"{name}.{kind}") in tensors:
+                tensors[key] = stream.apply_left(tensors[key])
+    for kind in ("weight", "bias"):
+        if (key := f"{layout.value}.{kind}") in tensors:
+            heads = tensors[key].unflatten(0, (-1, head_dim)).movedim(1, -1)
+            tensors[key] = head.apply(heads).movedim(-1, 1).flatten(0, 1).contiguous()
+    output = f"{layout.output}.weight"
+    tensors[output] = head.apply(tensors[output].unflatten(1, (-1, head_dim))).flatten(1)
+
+
+def hadamard_block_size(channels: int, largest: int = 128) -> int:
+    """The largest power of 2, at most ``largest``, that divides a number of channels."""
+    return min(channels & -channels, largest)

@@ -5,9 +5,20 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+OF_FAMILY = {
+    "qwen2": {"hidden_size": 128, "head_dim": None},
+    "qwen2_moe": EXPERTS | {"hidden_size": 128, "head_dim": None, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": EXPERTS,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+}
 
-def write_random_model(directory: Path, model_type: str, **changes) -> Path:
-    """A random-weight model with uneven norms and, where the family has them, biases; fp32, two shards."""
+
+def write_random_model(directory: Path, model_type: str, fused: bool = False, **changes) -> Path:
+    """A random-weight model with uneven norms and, where the family has them, biases; fp32, two shards.
+
+    ``fused`` keeps the experts of a block in one tensor, as transformers does in memory and hub checkpoints do not.
+    """
     settings = {
         "vocab_size": 96,
         "hidden_size": 96,
@@ -18,10 +29,11 @@ def write_random_model(directory: Path, model_type: str, **changes) -> Path:
         "head_dim": 32,
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
-    } | changes
-    if model_type == "qwen2":
-        settings.pop("head_dim")
-        settings["hidden_size"] = 128
+        **OF_FAMILY.get(model_type, {}),
+        **changes,
+    }
+    if settings["head_dim"] is None:
+        settings.pop("head_dim")  # its config has none
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     with torch.no_grad():
@@ -32,5 +44,5 @@ def write_random_model(directory: Path, model_type: str, **changes) -> Path:
                 value.normal_(0, 0.5)
             else:
                 value.normal_(0, 0.1)
-    model.save_pretrained(directory, max_shard_size="400KB")
+    model.save_pretrained(directory, max_shard_size="400KB", save_original_format=not fused)
     return directory

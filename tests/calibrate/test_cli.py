@@ -16,12 +16,13 @@ from calibrate.export import check
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
 from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
-from sliderquant_vllm.format import FormatError, LinearScheme, dequantize, unpack_linear
+from sliderquant_vllm.format import FormatError, LinearScheme
+from sliderquant_vllm.packing import dequantize, unpack_linear
 from sliderquant_vllm.shards import INDEX_FILE, Reader
 from tests.calibrate.models import write_random_model
 from tests.helpers import TINY_LLAMA
 
-SMALL = ["--nsamples", "4", "--seqlen", "32", "--epochs", "2", "--shallow", "1", "--deep", "1"]
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--epochs", "2", "--stages", "0.5", "1", "--shallow", "1", "--deep", "1"]
 
 
 def recipe(*argv):
@@ -36,9 +37,13 @@ def test_short_forms_and_both_spellings_are_the_same():
 
 def test_defaults_follow_the_scheme():
     w4a4, w2a16 = recipe("--w4a4"), recipe("--w2a16")
-    assert w4a4.rotate and w4a4.learn_scale and w4a4.epochs == 20
-    assert not w2a16.rotate and not w2a16.learn_scale and w2a16.epochs == 60
-    assert not recipe("--w4a4", "--no-rotate").rotate
+    assert w4a4.online_hadamard and not w2a16.online_hadamard
+    paper = recipe("--w4a4", "--preset", "paper")
+    assert paper.learn_scale and paper.epochs == 20 and paper.stages == (0.5, 1.0)
+    assert recipe("--w2a16", "--preset", "paper").epochs == 60
+    assert not recipe("--w2a16", "--no-rotate").rotate
+    assert recipe("--w4a16", "--stages", "0.25", "1").stages == (0.25, 1.0)
+    assert recipe("--w4a16", "--average-bits", "3.5").average_bits == 3.5
     assert not recipe("--w4a4", "--method", "rtn").rotate
 
 

@@ -4,14 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.quantizer import (
-    clip_parameters,
     fake_quantize_activation,
     fake_quantize_weight,
     quantize_weight,
     quantized_channels,
+    weight_bounds,
 )
-from sliderquant_vllm.format import ActivationScheme, WeightScheme, dequantize
+from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from sliderquant_vllm.ops import quantize_per_token_reference
+from sliderquant_vllm.packing import dequantize
 
 SCHEMES = [
     WeightScheme(bits, group, symmetric)
@@ -25,12 +26,17 @@ def round_straight_through(x):
     return x + (torch.round(x) - x).detach()
 
 
-def plain_fake_quantize(weight, clip, scheme, channels):
+def shrunken_bounds(weight, scheme):
+    """Bounds that clip some weights, every end by a factor of its own."""
+    bounds = weight_bounds(weight, scheme)
+    return bounds * (1 - 0.5 * torch.rand_like(bounds))
+
+
+def plain_fake_quantize(weight, bounds, scheme, channels):
     """The same quantizer written with autograd and detach."""
     groups = scheme.groups(weight.shape[1])
     grouped = weight.unflatten(1, (groups, -1))
-    high = grouped.amax(2).clamp(min=0) * clip[0].sigmoid()
-    low = grouped.amin(2).clamp(max=0) * clip[1].sigmoid()
+    high, low = bounds[0].clamp(min=0), bounds[1].clamp(max=0)
     half = scheme.symmetric_zero_point
     scale = torch.maximum(high / (half - 1), -low / half) if scheme.symmetric else (high - low) / scheme.max_code
     if groups > 1:
@@ -47,13 +53,13 @@ def plain_fake_quantize(weight, clip, scheme, channels):
 def test_gradients_equal_those_of_plain_autograd(scheme, ratio):
     torch.manual_seed(0)
     weight = torch.randn(6, 128, requires_grad=True)
-    clip = (clip_parameters(weight, scheme, True) - 3 * torch.rand(2, 6, scheme.groups(128))).requires_grad_()
+    bounds = shrunken_bounds(weight.detach(), scheme).requires_grad_()
     channels = quantized_channels(ratio, 128, scheme)
     upstream = torch.randn(6, 128)
     gradients = []
     for function in (fake_quantize_weight, plain_fake_quantize):
-        output = function(weight, clip, scheme, channels)
-        gradients.append((output.detach(), *torch.autograd.grad(output, (weight, clip), upstream)))
+        output = function(weight, bounds, scheme, channels)
+        gradients.append((output.detach(), *torch.autograd.grad(output, (weight, bounds), upstream)))
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
@@ -64,18 +70,18 @@ def test_stored_codes_dequantize_to_what_was_calibrated(scheme):
     weight = torch.randn(32, 128) * torch.logspace(-3, 3, 32).unsqueeze(1)
     weight[0] = 0
     weight[1] = weight[1].abs()
-    clip = clip_parameters(weight, scheme, True)
-    codes, scale, zero_point = quantize_weight(weight, clip, scheme)
+    bounds = shrunken_bounds(weight, scheme)
+    codes, scale, zero_point = quantize_weight(weight, bounds, scheme)
     assert codes.max() <= scheme.max_code and zero_point.max() <= scheme.max_code
     stored = dequantize(codes, scale.float(), zero_point, scheme)
-    assert torch.equal(stored, fake_quantize_weight(weight, clip, scheme, 128))
+    assert torch.equal(stored, fake_quantize_weight(weight, bounds, scheme, 128))
     assert not stored[0].any()
 
 
 def test_unlearned_clipping_is_plain_round_to_nearest():
     weight = torch.randn(8, 64)
     scheme = WeightScheme(8)
-    quantized = fake_quantize_weight(weight, clip_parameters(weight, scheme, False), scheme, 64)
+    quantized = fake_quantize_weight(weight, weight_bounds(weight, scheme), scheme, 64)
     step = (weight.amax(1) - weight.amin(1)) / 255
     assert ((quantized - weight).abs() <= step.unsqueeze(1)).all()
 
@@ -84,7 +90,7 @@ def test_channels_beyond_the_ratio_stay_as_they_are():
     weight = torch.randn(8, 128)
     scheme = WeightScheme(2, 32)
     assert quantized_channels(0.6, 128, scheme) == 96
-    quantized = fake_quantize_weight(weight, clip_parameters(weight, scheme, True), scheme, 96)
+    quantized = fake_quantize_weight(weight, weight_bounds(weight, scheme), scheme, 96)
     assert torch.equal(quantized[:, 96:], weight[:, 96:])
     assert not torch.equal(quantized[:, 64:96], weight[:, 64:96])
 

@@ -1,0 +1,98 @@
+"""Tune all blocks together against the 16-bit model's logits: knowledge distillation on the calibration samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibrate.errors import UserError
+from calibrate.model import Model
+from calibrate.reconstruct import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+WARMUP = 0.05
+# fp32 values per weight: itself, quantized, its rounding error; with learned rounding offset, gradient, two moments.
+VALUES, VALUES_WITH_ROUNDING = 3, 7
+
+
+def check_memory(model: Model) -> None:
+    """Refuse, before any work, a model whose blocks do not fit together. Raises UserError with what would."""
+    state = model.skeleton.state_dict()
+    weights = sum(value.numel() for name, value in state.items() if name.startswith("model.layers."))
+    needed = 4 * weights * (VALUES_WITH_ROUNDING if model.recipe.learns("rounding") else VALUES)
+    if model.device.type == "cuda":
+        available = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    if needed > available:
+        raise UserError(
+            f"--end_to_end_epochs {model.recipe.end_to_end_epochs}: keeps all {model.blocks} blocks in memory, about "
+            f"{needed / 1e9:.0f} GB; {model.device} has {available / 1e9:.0f} GB left; set it to 0, or choose "
+            "--preset default"
+        )
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) per token, fp32 [...], of logits [..., vocabulary]."""
+    student, teacher = functional.log_softmax(student.float(), -1), functional.log_softmax(teacher.float(), -1)
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on_step: Callable[[float], None]) -> None:
+    """Replace the states by tuned ones.
+
+    Args:
+        states: block -> state, as windows left them.
+        samples: int64 [nsamples, seqlen].
+        on_step: called with the loss of every step, in nats per token.
+
+    A loss that is not finite ends the tuning with a warning and leaves the states as they were.
+    """
+    recipe = model.recipe
+    position_embeddings = model.position_embeddings(samples.shape[1])
+    head = model.head_module()
+    blocks = [model.block(index) for index in range(model.blocks)]
+    targets = model.embed(samples)
+    for block in blocks:
+        with torch.no_grad():
+            for batch in targets.split(recipe.batch_size):
+                batch.copy_(block(batch, position_embeddings))
+    for index, block in enumerate(blocks):
+        if index in states:
+            block.load_state(states[index])
+    optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, recipe.lr_end_to_end), weight_decay=0.0)
+    steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
+    warmup = max(steps * WARMUP, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (1 - step / steps)
+    )
+    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
+    for _ in range(recipe.end_to_end_epochs):
+        for batch in torch.randperm(len(samples), generator=generator).split(recipe.batch_size):
+            hidden = model.embed(samples[batch])
+            for block in blocks:
+                block.prepare(ratio=1.0)
+                hidden = block(hidden, position_embeddings)
+            with torch.no_grad():
+                teacher = head(targets[batch])
+            loss = divergence(head(hidden), teacher).mean()
+            if not torch.isfinite(loss):
+                logger.warning(
+                    "end to end: the loss became non-finite; keeping what the windows gave; "
+                    "a smaller --lr_end_to_end may help"
+                )
+                return
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step(loss.item())
+    for index, block in enumerate(blocks):
+        states[index] = block.state()

@@ -1,0 +1,77 @@
+"""D2Quant's two parts (arXiv 2602.02546): a scale of down_proj's input channels, and a shift behind the MLP norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from calibrate.methods import gptq
+from sliderquant_vllm.format import LinearScheme
+
+ROUNDS = 10
+RIDGE = 1e-2
+LIMITS = (0.25, 4.0)
+
+
+def settings(scheme: LinearScheme) -> dict:
+    """Both parts on top of GPTQ."""
+    return gptq.settings(scheme) | {"dual_scale": True, "correction": scheme.activations is None}
+
+
+def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scale c of W ~ Q(W diag(1/c)) diag(c), alternating between codes and least squares.
+
+    Given the dequantized codes V, c minimises tr((W - V diag c) H (W - V diag c)^T), that is it solves
+    ((V^T V) o H) c = diag(H W^T V); a little ridge keeps what is hardly seen where it was. The best c of all rounds
+    is kept.
+
+    Args:
+        weight: fp32 [N, K].
+        second_moment: H [K, K], up to a factor.
+        round_weight: the quantizer Q, fp32 [N, K] -> fp32 [N, K].
+
+    Returns:
+        fp32 [K].
+    """
+    moment = second_moment.double()
+    scale = torch.ones_like(weight[0])
+    best, least = scale, torch.inf
+    for _ in range(ROUNDS):
+        values = round_weight(weight / scale).double()
+        difference = values * scale - weight
+        error = ((difference @ moment) * difference).sum().item()
+        if error < least:
+            best, least = scale, error
+        system = (values.T @ values) * moment
+        right = ((weight.double().T @ values) * moment).sum(0)
+        ridge = RIDGE * system.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        system.diagonal().add_(ridge)
+        # Least squares shrinks towards 0 what it cannot fit; the output's magnitude has to stay.
+        energy = system.diagonal() - ridge
+        scale = torch.linalg.solve(system, right + ridge * scale).clamp(*LIMITS)
+        scale = (scale * energy.sum() / (scale * energy).sum()).float()
+    return best
+
+
+@torch.no_grad()
+def deviation(block, inputs: Tensor, targets: Tensor, position_embeddings: tuple, batch_size: int) -> Tensor:
+    """Mean over tokens of the MLP norm's output in 16 bits minus that of the block as it is prepared, fp32 [hidden].
+
+    Args:
+        block: CalibrationBlock, prepared up to its attention, the scale of its MLP norm still 1; released afterwards.
+        inputs: [nsamples, seqlen, hidden] of the quantized model; targets: of the 16-bit one.
+    """
+    norm = block.norms[block.layout.mlp_norm]
+    sums = []
+    hook = norm.register_forward_hook(lambda module, args, output: sums.append(output.flatten(0, -2).sum(0)))
+    for batch in inputs.split(batch_size):
+        block(batch, position_embeddings)
+    quantized = torch.stack(sums).sum(0)
+    sums.clear()
+    block.release()
+    for batch in targets.split(batch_size):
+        block(batch, position_embeddings)
+    hook.remove()
+    return (torch.stack(sums).sum(0) - quantized) / inputs[..., 0].numel()

@@ -1,0 +1,82 @@
+"""Error-compensated rounding (GPTQ, Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calibrate.quantizer import weight_grid
+from sliderquant_vllm.format import LinearScheme, WeightScheme
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+def settings(scheme: LinearScheme) -> dict:
+    """GPTQ with searched ranges; with quantized activations on a rotated model, as QuaRot (arXiv 2404.00456) has it."""
+    return {"range_start": "search", "rounding_start": "gptq", "rotate": scheme.activations is not None}
+
+
+class Factor(NamedTuple):
+    """What GPTQ needs of the inputs of linears that share them.
+
+    order: int64 [K], channels in descending order of their energy. Since the grids are fixed beforehand, the order
+    leaves no trace in the checkpoint.
+    upper: fp32 [K, K], Cholesky factor of the inverse second moment in that order (GPTQ section 3.3, step 3).
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+def factorize(second_moment: Tensor) -> Factor:
+    """Factor of E[x x^T] [K, K], up to a positive factor.
+
+    Damping grows until the matrix is positive definite; inputs that are always 0 do not take part.
+    """
+    order = second_moment.diagonal().argsort(descending=True, stable=True)
+    moment = second_moment[order][:, order].double()
+    diagonal = moment.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    diagonal[dead] = mean
+    damping = DAMPING
+    while True:
+        damped = moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        damping *= 10
+    return Factor(order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float())
+
+
+def compensated_weight(weight: Tensor, bounds: Tensor, factor: Factor, scheme: WeightScheme) -> Tensor:
+    """The weight whose nearest codes are GPTQ's: every column as it was when its turn came.
+
+    Args:
+        weight: fp32 [N, K].
+        bounds: fp32 [2, N, G].
+
+    Returns:
+        fp32 [N, K].
+    """
+    scale, zero_point = weight_grid(bounds, scheme)
+    columns = weight.shape[1]
+    group = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
+    order, upper = factor
+    work, compensated = weight[:, order].clone(), torch.empty_like(weight)
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        errors = torch.empty_like(work[:, first:last])
+        for column in range(first, last):
+            value = work[:, column]
+            compensated[:, order[column]] = value
+            s, z = scale[:, group[order[column]]], zero_point[:, group[order[column]]]
+            rounded = (torch.round(value / s + z).clamp(0, scheme.max_code) - z) * s
+            error = (value - rounded) / upper[column, column]
+            work[:, column + 1 : last] -= error.unsqueeze(1) * upper[column, column + 1 : last]
+            errors[:, column - first] = error
+        work[:, last:] -= errors @ upper[first:last, last:]
+    return compensated

@@ -1,0 +1,46 @@
+"""SliderQuant (arXiv 2603.25284), and what is added to it: a better start, learned rounding, end-to-end tuning."""
+
+from __future__ import annotations
+
+from sliderquant_vllm.format import LinearScheme
+
+PRESETS = ("default", "fast", "best", "paper")
+
+
+def settings(scheme: LinearScheme, preset: str = "default") -> dict:
+    """The recipe of a preset.
+
+    fast is the start alone: minutes for a 7B model. default adds the sliding windows, best the end-to-end tuning.
+    paper is the published method and its settings.
+    """
+    if preset == "paper":
+        return paper(scheme)
+    quantized_activations = scheme.activations is not None
+    start = {
+        "equalize": "all" if quantized_activations else "outliers",
+        "rotate": True,
+        "online_hadamard": quantized_activations,
+        "range_start": "search",
+        "rounding_start": "gptq",
+    }
+    if preset == "fast":
+        return start
+    learned = start | {"epochs": 10, "learn_clip": True, "learn_rounding": True}
+    if preset == "default":
+        return learned
+    return learned | {"end_to_end_epochs": 4}
+
+
+def paper(scheme: LinearScheme) -> dict:
+    """Sections 3 and 4, appendix A: two stages, low-rank adaptation, clipping and, with activations, scaling."""
+    quantized_activations = scheme.activations is not None
+    two_bits = scheme.weights.bits == 2
+    return {
+        "rotate": quantized_activations,
+        "epochs": 60 if two_bits else 20,
+        "stages": (0.5, 1.0),
+        "learn_clip": True,
+        "learn_scale": quantized_activations,
+        "lora_rank": 4,
+        "lr_lora": 5e-4 if two_bits else 1e-4,
+    }

@@ -1,0 +1,189 @@
+"""Where the blocks start from: scales, ranges, codes and shifts found from the calibration samples, without gradients.
+
+Blocks are visited in order, the linears of a block in the order of its forward pass, each with inputs that come
+through what is quantized already. Everything that is found is a function of the second moment of a linear's input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calibrate.blocks import CalibrationBlock, CalibrationLinear
+from calibrate.experts import counting, support_starved, warn_starved
+from calibrate.layouts import Site
+from calibrate.methods.awq import awq_scale
+from calibrate.methods.d2quant import deviation, dual_scale
+from calibrate.methods.gptq import Factor, compensated_weight, factorize
+from calibrate.methods.smoothquant import smoothquant_scale
+from calibrate.quantizer import fake_quantize_weight, weight_bounds
+from calibrate.recipe import Recipe
+from sliderquant_vllm.format import WeightScheme
+
+SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
+
+
+@dataclass(slots=True)
+class InputStatistics:
+    """What a linear sees: second moment fp32 [K, K] summed over tokens, largest magnitudes [K], number of tokens."""
+
+    moment: Tensor
+    largest: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, linear: CalibrationLinear) -> InputStatistics:
+        channels = linear.weight.shape[1]
+        return cls(linear.weight.new_zeros(channels, channels), linear.weight.new_zeros(channels))
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).float()
+        self.moment.addmm_(rows.T, rows)
+        if len(rows):
+            self.largest = torch.maximum(self.largest, rows.abs().amax(0))
+        self.tokens += len(rows)
+
+
+def collect(
+    block: CalibrationBlock, paths: list[str], inputs: Tensor, position_embeddings: tuple, batch_size: int
+) -> dict[str, InputStatistics]:
+    """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples."""
+    found = {path: InputStatistics.of(block.linears[path]) for path in paths}
+
+    def hook(linear: CalibrationLinear, args: tuple[Tensor], to: InputStatistics) -> None:
+        to.add(linear.transform_input(*args))
+
+    hooks = [block.linears[path].register_forward_pre_hook(partial(hook, to=found[path])) for path in paths]
+    with counting(block.experts):
+        for batch in inputs.split(batch_size):
+            block(batch, position_embeddings)
+    for each in hooks:
+        each.remove()
+    return found
+
+
+@torch.no_grad()
+def start_block(
+    block: CalibrationBlock, inputs: Tensor, targets: Tensor, position_embeddings: tuple[Tensor, Tensor], recipe: Recipe
+) -> None:
+    """Find the initial values of a block, in place.
+
+    Args:
+        inputs: [nsamples, seqlen, hidden] behind the blocks quantized so far.
+        targets: the same behind the 16-bit blocks.
+    """
+    done: list[str] = []
+    pairs: dict[str, list[Site]] = {}
+    for site in block.layout.sites:
+        pairs.setdefault(site.pair, []).append(site)
+    for sites in _passes(block, pairs):
+        if sites[0].pair == "mlp_norm" and block.norms[block.layout.mlp_norm].shift is not None:
+            block.prepare(1.0, only=done)
+            shift = deviation(block, inputs, targets, position_embeddings, recipe.batch_size)
+            block.norms[block.layout.mlp_norm].shift.copy_(shift)
+        quantized = [site for site in sites if block.linears[site.linears[0]].scheme]
+        if not quantized:
+            continue
+        block.prepare(1.0, only=done)
+        readers = [site.linears[0] for site in quantized]
+        found = collect(block, readers, inputs, position_embeddings, recipe.batch_size)
+        if block.experts is not None:
+            support_starved(block.experts, block.layout, found)
+        for pair in dict.fromkeys(site.pair for site in quantized):
+            of_pair = [(site, found[site.linears[0]]) for site in quantized if site.pair == pair]
+            _start_scale(block, pair, of_pair, recipe)
+        scales = block.channel_scales()
+        for site in quantized:
+            in_scale = scales[site.linears[0]][0]
+            moment = found[site.linears[0]].moment
+            if in_scale is not None:
+                moment = moment / in_scale / in_scale.unsqueeze(1)
+            factor = factorize(moment) if recipe.rounding_start == "gptq" else None
+            for path in site.linears:
+                _start_linear(block.linears[path], in_scale, moment.diagonal(), factor, recipe)
+                done.append(path)
+    if block.experts is not None:
+        warn_starved(block.experts, block.name)
+
+
+def _passes(block: CalibrationBlock, pairs: dict[str, list[Site]]) -> list[list[Site]]:
+    """Sites whose statistics one pass over the samples can collect: all experts' at once."""
+    norm_and_output = [pairs[pair] for pair in ("attention_norm", "value_output", "mlp_norm")]
+    return [*norm_and_output, [site for mlp in block.layout.mlps for site in pairs[mlp.pair]]]
+
+
+def _start_scale(block: CalibrationBlock, pair: str, sites: list[tuple[Site, InputStatistics]], recipe: Recipe) -> None:
+    if pair not in block.scales:
+        return
+    linears = [(block.linears[path], statistics) for site, statistics in sites for path in site.linears]
+    is_value = pair == "value_output"
+    scale = None
+    if recipe.dual_scale and sites[0][0].linears[0] in (mlp.down for mlp in block.layout.mlps):
+        ((linear, seen),) = linears
+        scale = 1 / dual_scale(linear.weight, seen.moment, partial(_nearest, linear, seen.moment.diagonal(), recipe))
+    elif recipe.scale_start == "awq":
+        scale = awq_scale([(linear.weight, seen.moment, linear.scheme.weights) for linear, seen in linears])
+    elif recipe.scale_start == "smoothquant":
+        largest = torch.stack([seen.largest for _, seen in linears]).amax(0)
+        weights = torch.stack([linear.weight.abs().amax(0) for linear, _ in linears]).amax(0)
+        scale = smoothquant_scale(largest, weights)
+    if scale is None:
+        return
+    if is_value:
+        # One scale per value channel: query heads that share it get their mean, on a logarithmic scale.
+        head_dim = block.layer.self_attn.head_dim
+        scale = scale.log().view(block.key_heads, -1, head_dim).mean(1).exp().flatten()
+    block.scales[pair].copy_(scale)
+
+
+def _start_linear(
+    linear: CalibrationLinear, in_scale: Tensor | None, importance: Tensor, factor: Factor | None, recipe: Recipe
+) -> None:
+    """Range and codes of one linear.
+
+    Args:
+        importance: [K], energy of the scaled inputs; factor: GPTQ's of them.
+    """
+    scheme = linear.scheme.weights
+    weight = linear.weight if in_scale is None else linear.weight * in_scale
+    linear.bounds.copy_(weight_bounds(weight, scheme))
+    step = linear.step()
+    if recipe.range_start == "search":
+        searched = search_bounds(weight, importance, scheme)
+        linear.clip.copy_(torch.where(linear.bounds != 0, searched / linear.bounds, 1))
+    if factor is not None:
+        compensated = compensated_weight(weight, linear.range(None), factor, scheme)
+        groups = step.shape[1]
+        moved = (compensated - weight).unflatten(1, (groups, -1))
+        linear.offset.copy_((moved / torch.where(step > 0, step, 1).unsqueeze(2)).flatten(1))
+
+
+def _nearest(linear: CalibrationLinear, importance: Tensor, recipe: Recipe, weight: Tensor) -> Tensor:
+    """A weight of a linear rounded to nearest, over the range that it starts with."""
+    scheme = linear.scheme.weights
+    searched = recipe.range_start == "search"
+    bounds = search_bounds(weight, importance, scheme) if searched else weight_bounds(weight, scheme)
+    return fake_quantize_weight(weight, bounds, scheme, weight.shape[1])
+
+
+def search_bounds(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
+    """Of the weight's bounds, shrunk in steps, those with the least squared error weighted by ``importance`` [K].
+
+    Returns:
+        fp32 [2, N, G].
+    """
+    whole = weight_bounds(weight, scheme)
+    groups = whole.shape[2]
+    best = whole.clone()
+    least = torch.full_like(whole[0], torch.inf)
+    for shrink in SHRINKS:
+        bounds = whole * shrink
+        error = (fake_quantize_weight(weight, bounds, scheme, weight.shape[1]) - weight).square_().mul_(importance)
+        error = error.unflatten(1, (groups, -1)).sum(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, bounds, best)
+    return best

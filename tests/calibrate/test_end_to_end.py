@@ -1,0 +1,57 @@
+import logging
+import math
+
+import pytest
+import torch
+
+from calibrate import end_to_end
+from calibrate.end_to_end import check_memory, divergence, tune
+from calibrate.errors import UserError
+from calibrate.methods import compose
+from calibrate.model import Model
+from calibrate.pipeline import calibrate
+from sliderquant_vllm.format import WeightScheme
+from tests.calibrate.models import write_random_model
+from tests.calibrate.test_pipeline import Losses
+
+SAMPLES = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+def small_model(directory, **chosen) -> Model:
+    settings = {"nsamples": 6, "seqlen": 32, "learn_rounding": True, "learn_clip": True, "end_to_end_epochs": 4}
+    recipe = compose(WeightScheme(3), preset="fast", **settings | chosen)
+    return Model(write_random_model(directory / "model", "llama"), recipe, torch.device("cpu"))
+
+
+def test_divergence_is_that_of_float64():
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    p, q = (logits.double().softmax(-1) for logits in (teacher, student))
+    torch.testing.assert_close(divergence(student, teacher).double(), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_tuning_lowers_the_divergence_and_changes_every_block(tmp_path):
+    model = small_model(tmp_path)
+    progress = Losses()
+    calibrated = calibrate(model, SAMPLES, progress)
+    steps = [loss for loss in progress.steps if not math.isnan(loss)]
+    assert len(steps) == 4 * 2 and sum(steps[-2:]) < 0.9 * sum(steps[:2])
+    before = calibrate(small_model(tmp_path / "again", end_to_end_epochs=0), SAMPLES, Losses())
+    for index, state in calibrated.states.items():
+        assert not torch.equal(state["layer.mlp.up_proj.offset"], before.states[index]["layer.mlp.up_proj.offset"])
+
+
+def test_a_diverging_tuning_keeps_what_it_was_given(tmp_path, caplog):
+    model = small_model(tmp_path, lr_end_to_end=1e38)
+    states = {}
+    with caplog.at_level(logging.WARNING):
+        tune(model, states, SAMPLES, lambda loss: None)
+    assert not states and "--lr_end_to_end" in caplog.text
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "VALUES_WITH_ROUNDING", 10**9)
+    progress = Losses()
+    with pytest.raises(UserError, match=r"keeps all 3 blocks in memory, about \d+ GB; cpu has .*set it to 0"):
+        calibrate(small_model(tmp_path), SAMPLES, progress)
+    assert not progress.windows
+    check_memory(small_model(tmp_path / "again", learn_rounding=False))
