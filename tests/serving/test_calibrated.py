@@ -7,18 +7,20 @@ import torch
 
 from calibrate.evaluate import perplexity
 from calibrate.export import export
+from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
-from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.helpers import TINY_LLAMA, write_random_model
 from tests.serving.engine import WINDOW, score, windows
 
-SMALL = {"nsamples": 8, "seqlen": 64, "epochs": 2, "shallow": 1, "deep": 1}
-LEARN_ALL = {"rotate": True, "learn_scale": True}
+SMALL = {"nsamples": 8, "seqlen": 64, "shallow": 1, "deep": 1}
+LEARN_ALL = {"epochs": 2, "learn_scale": True, "learn_rounding": True, "learn_clip": True, "lora_rank": 2}
 
 
 class Silent:
+    def phase(self, *arguments): ...
+    def phase_done(self): ...
     def window(self, *arguments): ...
     def step(self, loss): ...
     def window_done(self, result): ...
@@ -27,18 +29,20 @@ class Silent:
 @pytest.mark.parametrize(
     ("family", "settings", "dtype", "tolerance"),
     [
-        ("llama", {"weights": WeightScheme(2)}, "float16", 2e-3),
-        ("llama", {"weights": WeightScheme(4, 64, symmetric=True), "rotate": True}, "float16", 2e-3),
+        ("llama", {"weights": WeightScheme(2), **LEARN_ALL}, "float16", 2e-3),
+        ("llama", {"weights": WeightScheme(4, 64, symmetric=True), "preset": "fast"}, "float16", 2e-3),
+        ("llama", {"weights": WeightScheme(3), "method": "d2quant"}, "float16", 2e-3),
+        ("llama", {"weights": WeightScheme(4), "preset": "fast", "average_bits": 3.5}, "float16", 2e-3),
         # A 4-bit activation code falls to the other side for less than the rounding of 16-bit arithmetic.
         ("llama", {"weights": WeightScheme(4), "activations": ActivationScheme(4), **LEARN_ALL}, "bfloat16", 2e-2),
         ("qwen2", {"weights": WeightScheme(8), "activations": ActivationScheme(8), **LEARN_ALL}, "float16", 2e-2),
-        ("qwen2", {"weights": WeightScheme(3), "rotate": True}, "float16", 5e-3),
+        ("qwen2", {"weights": WeightScheme(3), "method": "d2quant", "rotate": True}, "float16", 5e-3),
     ],
-    ids=["W2A16", "W4A16-rotated", "W4A4", "qwen2-W8A8", "qwen2-W3A16-rotated"],
+    ids=["W2A16", "W4A16", "W3A16-d2quant", "W3.5A16", "W4A4", "qwen2-W8A8", "qwen2-W3A16-d2quant"],
 )
 def test_served_as_calibrated(in_engine, tmp_path, family, settings, dtype, tolerance):
     source = TINY_LLAMA if family == "llama" else write_random_model(tmp_path / "qwen2", "qwen2", tied=True)
-    model = Model(source, Recipe(**SMALL | settings), torch.device("cpu"))
+    model = Model(source, compose(**SMALL | settings), torch.device("cpu"))
     stream = torch.tensor(windows(source)).flatten()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
