@@ -95,6 +95,22 @@ class CalibrationLinear(nn.Module):
         bounds = self.bounds * self.clip
         return bounds if out_scale is None else bounds / out_scale.view(1, -1, 1)
 
+    @torch.no_grad()
+    def recenter(self, in_scale: Tensor | None) -> None:
+        """Move every weight half way to the value of its code; codes stay.
+
+        Straight-through learning leaves many weights at the edge of two codes, where any further step flips them
+        (Nagel et al., arXiv 2203.11086).
+        """
+        if self.offset is None:
+            return
+        weight, _ = self.effective(in_scale, None)
+        values = fake_quantize_weight(weight, self.range(None), self.scheme.weights, weight.shape[1])
+        step = self.step().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(2)
+        moved = (values - weight).unflatten(1, (step.shape[1], -1)) / step
+        # What lies beyond the range has clipped to its code and is far from any edge.
+        self.offset += torch.where(moved.abs() <= 0.5, moved / 2, 0).flatten(1)
+
     def prepare(self, in_scale: Tensor | None, out_scale: Tensor | None, ratio: float) -> None:
         """Compute the fake-quantized weight that the following forward calls use; at ratio 0 nothing is quantized."""
         weight, bias = self.effective(in_scale, out_scale)
@@ -288,6 +304,13 @@ class CalibrationBlock(nn.Module):
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, value in self._calibrated():
             value.copy_(state[name])
+
+    @torch.no_grad()
+    def recenter(self) -> None:
+        """``CalibrationLinear.recenter`` of every linear."""
+        scales = self.channel_scales()
+        for path, linear in self.linears.items():
+            linear.recenter(scales[path][0])
 
     def prepare(self, ratio: float, only: Collection[str] | None = None) -> None:
         """Fake-quantize every weight, or only those named, once for the forward calls until the next ``prepare``."""

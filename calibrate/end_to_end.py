@@ -67,6 +67,7 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
     for index, block in enumerate(blocks):
         if index in states:
             block.load_state(states[index])
+            block.recenter()
     optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, recipe.lr_end_to_end), weight_decay=0.0)
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)

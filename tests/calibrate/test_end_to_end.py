@@ -30,11 +30,11 @@ def test_divergence_is_that_of_float64():
 
 
 def test_tuning_lowers_the_divergence_and_changes_every_block(tmp_path):
-    model = small_model(tmp_path)
+    model = small_model(tmp_path, lr_end_to_end=5.0, end_to_end_epochs=8)
     progress = Losses()
     calibrated = calibrate(model, SAMPLES, progress)
     steps = [loss for loss in progress.steps if not math.isnan(loss)]
-    assert len(steps) == 4 * 2 and sum(steps[-2:]) < 0.9 * sum(steps[:2])
+    assert len(steps) == 8 * 2 and sum(steps[-2:]) < 0.9 * sum(steps[:2])
     before = calibrate(small_model(tmp_path / "again", end_to_end_epochs=0), SAMPLES, Losses())
     for index, state in calibrated.states.items():
         assert not torch.equal(state["layer.mlp.up_proj.offset"], before.states[index]["layer.mlp.up_proj.offset"])
@@ -55,3 +55,20 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypa
         calibrate(small_model(tmp_path), SAMPLES, progress)
     assert not progress.windows
     check_memory(small_model(tmp_path / "again", learn_rounding=False))
+
+
+def test_recentring_keeps_every_code_and_leaves_no_weight_at_an_edge(tmp_path):
+    block = small_model(tmp_path).block(1)
+    with torch.no_grad():
+        for linear in block.linears.values():
+            linear.offset.uniform_(-1, 1)
+            linear.clip.uniform_(0.6, 1)
+    before, _ = block.quantized()
+    block.recenter()
+    after, _ = block.quantized()
+    for path, linear in block.linears.items():
+        assert all(map(torch.equal, before[path], after[path]))
+        codes, scale, zero_point = (tensor.float() for tensor in after[path])
+        position = linear.effective(None, None)[0] / scale + zero_point
+        inside = (position > 0) & (position < 7)
+        assert (position - codes)[inside].abs().max() < 0.45
