@@ -69,8 +69,8 @@ def test_every_method_is_a_recipe_that_flags_can_change(method, activations):
 
 
 def test_presets_grow_and_belong_to_sliderquant():
-    default, fast, best = (compose(WeightScheme(4), preset=preset) for preset in ("default", "fast", "best"))
-    assert compose(WeightScheme(4)) == default
+    default, fast, best = (compose(WeightScheme(3), preset=preset) for preset in ("default", "fast", "best"))
+    assert compose(WeightScheme(3)) == default
     assert not fast.epochs and default.epochs and best.end_to_end_epochs > default.end_to_end_epochs
     for arguments, words in (
         ({"method": "magic"}, "--method: expected one of sliderquant, rtn"),
