@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
+from sliderquant_vllm.format import FormatError
 
 PACKAGE = Path(__file__).parents[1] / "calibrate"
 TEXT_CHARACTERS = {"calibration": 2_000_000, "evaluation": 60_000}
@@ -246,3 +248,16 @@ class Bar(Silent):
 
     def window(self, number, total, window, ratio, steps) -> None:
         self.phase(f"window {number}/{total}", steps, 1)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a resumable command: 0, 2 for anything a person can mend, 130 when interrupted."""
+    try:
+        command()
+    except (UserError, FormatError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import paper_texts
-from benchmarks.cells import Bar, Results, command, fingerprint, measure, merged, scheme_flags, version
+from benchmarks.cells import Bar, Results, command, exit_code, fingerprint, measure, merged, scheme_flags, version
 from benchmarks.paper_numbers import Entry, entries
 from benchmarks.paper_report import NOTES, comparison, markdown, sizes
 from benchmarks.quality import positive
@@ -349,16 +349,7 @@ def report(arguments: argparse.Namespace, printed: list[Entry], planned: list[Jo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for anything a person can mend, 130 when interrupted."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, FormatError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import cells, suites
-from benchmarks.cells import Bar, Cell, Results, command, measure, version
+from benchmarks.cells import Bar, Cell, Results, command, exit_code, measure, version
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from sliderquant_vllm.format import FormatError
@@ -183,16 +183,7 @@ def machine(threads: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for anything a person can mend, 130 when interrupted."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, FormatError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -384,3 +384,10 @@ class CalibrationBlock(nn.Module):
                 bounds = linear.range(scales[path][1])
                 codes[path] = quantize_weight(weight, bounds, linear.scheme.weights)
         return codes, others
+
+
+@torch.no_grad()
+def run_in_place(block: CalibrationBlock, hidden: Tensor, position_embeddings: tuple, batch_size: int) -> None:
+    """Replace hidden states [samples, seqlen, hidden] by the block's outputs, batch by batch."""
+    for batch in hidden.split(batch_size):
+        batch.copy_(block(batch, position_embeddings))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
 from calibrate.model import Model
 from calibrate.reconstruct import parameter_groups
@@ -61,9 +62,7 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
     blocks = [model.block(index) for index in range(model.blocks)]
     targets = model.embed(samples)
     for block in blocks:
-        with torch.no_grad():
-            for batch in targets.split(recipe.batch_size):
-                batch.copy_(block(batch, position_embeddings))
+        run_in_place(block, targets, position_embeddings, recipe.batch_size)
     for index, block in enumerate(blocks):
         if index in states:
             block.load_state(states[index])

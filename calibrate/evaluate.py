@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrate.blocks import run_in_place
 from calibrate.end_to_end import divergence
 from calibrate.errors import UserError
 from calibrate.model import Model
-from calibrate.pipeline import Calibrated, finished_block, run_in_place
+from calibrate.pipeline import Calibrated, finished_block
 
 
 class Comparison(NamedTuple):

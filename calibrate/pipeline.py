@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from calibrate.allocation import allocate, sensitivities
-from calibrate.blocks import CalibrationBlock
+from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import check_memory, tune
 from calibrate.experts import counting
 from calibrate.model import Model
@@ -98,13 +97,6 @@ class _Sweep:
             if index in self.calibrated.states:
                 block.load_state(self.calibrated.states[index])
             self.blocks.append(block)
-
-
-@torch.no_grad()
-def run_in_place(block: CalibrationBlock, hidden: Tensor, position_embeddings: tuple, batch_size: int) -> None:
-    """Replace hidden states [samples, seqlen, hidden] by the block's outputs, batch by batch."""
-    for batch in hidden.split(batch_size):
-        batch.copy_(block(batch, position_embeddings))
 
 
 def start(model: Model, samples: Tensor, progress: Progress) -> dict[int, dict[str, Tensor]]:

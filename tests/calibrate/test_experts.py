@@ -16,15 +16,14 @@ from calibrate.export import export
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate, finished_block
-from calibrate.recipe import Recipe
 from sliderquant_vllm.checkpoint import validate_checkpoint
 from sliderquant_vllm.format import ActivationScheme, FormatError, WeightScheme
 from sliderquant_vllm.packing import dequantize, unpack_linear
 from sliderquant_vllm.shards import Reader
 from tests.calibrate.models import write_random_model
+from tests.calibrate.test_model import TOKENS, make, relative_change, run
 
 CPU = torch.device("cpu")
-TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 96
 FAMILIES = [
     ("qwen3_moe", {}),
     ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
@@ -41,28 +40,8 @@ class Silent:
         return lambda *args: None
 
 
-def make(directory, **recipe) -> Model:
-    return Model(directory, Recipe(**{"weights": WeightScheme(4), "seqlen": 24} | recipe), CPU)
-
-
 def samples(count: int = 6, seqlen: int = 32) -> torch.Tensor:
     return torch.randint(0, 96, (count, seqlen), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def run(model: Model, ratio: float | None = None, change=lambda block: None) -> torch.Tensor:
-    hidden = model.embed(TOKENS)
-    for index in range(model.blocks):
-        block = model.block(index)
-        change(block)
-        if ratio is not None:
-            block.prepare(ratio)
-        hidden = block(hidden, model.position_embeddings(TOKENS.shape[1]))
-    return model.head_module()(hidden)
-
-
-def relative_change(output: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((output.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
