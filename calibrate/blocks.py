@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from calibrate import products
 from calibrate.experts import Experts, routing
 from calibrate.layouts import BlockLayout
 from calibrate.quantizer import (
@@ -46,7 +46,7 @@ class CalibrationLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         bias = getattr(linear, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.product = functional.linear if isinstance(linear, nn.Linear) else routing(linear)
+        self.product = products.linear if isinstance(linear, nn.Linear) else routing(linear)
         self.lora_a = self.lora_b = self.offset = None
         self.input_is_quantized = False
         self.hadamard: int | None = None  # block size
@@ -136,13 +136,14 @@ class CalibrationLinear(nn.Module):
 
 
 class CalibrationNorm(nn.Module):
-    """A norm whose output is shifted, divided by a channel scale, and quantized once for all its readers.
+    """A norm with a gain, whose output is shifted, divided by a channel scale, and quantized once for all its readers.
 
     The readers run as one matrix product when served, so they have one scheme. With a router among them, which
     reads 16 bits, everyone quantizes its own input.
 
-    Calibrated: ``shift`` fp32 [hidden], added behind the norm and served as a bias of its readers (D2Quant's
-    deviation-aware correction, arXiv 2602.02546), None where there is none.
+    Calibrated: ``gain`` fp32 [hidden], a factor on the norm's weight that end-to-end tuning may learn; ``shift`` of the
+    same shape, added behind the norm and served as a bias of its readers (D2Quant's deviation-aware correction, arXiv
+    2602.02546), None where there is none.
     """
 
     def __init__(self, norm: nn.Module, readers: list[CalibrationLinear], shifted: bool, recipe: Recipe):
@@ -150,6 +151,7 @@ class CalibrationNorm(nn.Module):
         self.norm = norm
         self.prepared = False
         self.scale: Tensor | None = None
+        self.gain = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
         self.shift = None
         if shifted:
             self.shift = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=recipe.learns("shift"))
@@ -161,11 +163,14 @@ class CalibrationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.prepared and self.shift is not None:
-            x = x + self.shift
-        if self.prepared and self.scale is not None:
-            x = x / self.scale
+        if self.prepared:
+            gain, shift = self.served(self.gain), self.served(self.shift)
+            x = x * gain if shift is None else torch.addcmul(shift, x, gain)
         return x if self._quantizer is None else self._quantizer[0].quantize_input(x)
+
+    def served(self, value: Tensor | None) -> Tensor | None:
+        """What acts on the norm's output, behind the channel scale."""
+        return value if value is None or self.scale is None else value / self.scale
 
 
 class CalibrationBlock(nn.Module):
@@ -291,7 +296,7 @@ class CalibrationBlock(nn.Module):
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
 
     def _calibrated(self) -> Iterator[tuple[str, Tensor]]:
-        kinds = ("bounds", "clip", "lora_a", "lora_b", "offset", "shift", "tokens", "starved")
+        kinds = ("bounds", "clip", "lora_a", "lora_b", "offset", "gain", "shift", "tokens", "starved")
         for name, value in (*self.named_parameters(), *self.named_buffers()):
             if name.startswith("scales.") or name.rpartition(".")[2] in kinds:
                 yield name, value
@@ -335,17 +340,14 @@ class CalibrationBlock(nn.Module):
             return self.layer(hidden, attention_mask=None, position_embeddings=position_embeddings).float()
 
     @torch.no_grad()
-    def snap_scales(self, dtype: torch.dtype) -> None:
-        """Move the scales of the norms to where ``norm weight / scale`` is exact in the dtype that is served."""
-        for pair, path in (
-            ("attention_norm", self.layout.attention_norm),
-            ("mlp_norm", self.layout.mlp_norm),
-        ):
-            if pair in self.scales:
-                weight = self.norms[path].norm.weight
-                served = (weight / self.scales[pair].clamp(min=SCALE_FLOOR)).to(dtype).float()
-                exact = torch.where(served != 0, weight / served, self.scales[pair])
-                self.scales[pair].copy_(exact)
+    def snap_gains(self, dtype: torch.dtype) -> None:
+        """Move the gains of the norms to where the weight that is served is exact in its dtype."""
+        scales = self.channel_scales()
+        for path, norm in self.norms.items():
+            weight, scale = norm.norm.weight, scales[path][1]
+            scaled = weight if scale is None else weight / scale
+            served = (scaled * norm.gain).to(dtype).float()
+            norm.gain.copy_(torch.where(scaled != 0, served / scaled, norm.gain))
 
     @torch.no_grad()
     def quantized(self) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Tensor]]:
@@ -365,11 +367,9 @@ class CalibrationBlock(nn.Module):
         }
         shifts = {}
         for path, norm in self.norms.items():
-            scale = scales[path][1]
-            others[f"{path}.weight"] = norm.norm.weight if scale is None else norm.norm.weight / scale
+            others[f"{path}.weight"] = norm.norm.weight * norm.served(norm.gain)
             if norm.shift is not None:
-                shift = norm.shift if scale is None else norm.shift / scale
-                shifts |= dict.fromkeys(self.layout.readers[path], shift)
+                shifts |= dict.fromkeys(self.layout.readers[path], norm.served(norm.shift))
         codes = {}
         for path, linear in self.linears.items():
             weight, bias = linear.effective(*scales[path])

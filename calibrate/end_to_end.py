@@ -13,7 +13,7 @@ from torch.nn import functional
 from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
 from calibrate.model import Model
-from calibrate.reconstruct import parameter_groups
+from calibrate.reconstruct import parameter_groups, shuffled
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
         if index in states:
             block.load_state(states[index])
             block.recenter()
+        for norm in block.norms.values():
+            norm.gain.requires_grad_(recipe.learns("norms"))
     optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, recipe.lr_end_to_end), weight_decay=0.0)
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)
@@ -75,7 +77,7 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
     )
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
     for _ in range(recipe.end_to_end_epochs):
-        for batch in torch.randperm(len(samples), generator=generator).split(recipe.batch_size):
+        for batch in shuffled(len(samples), recipe.batch_size, generator):
             hidden = model.embed(samples[batch])
             for block in blocks:
                 block.prepare(ratio=1.0)

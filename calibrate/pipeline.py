@@ -31,7 +31,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One optimisation: a window at one ratio."""
+    """One optimisation: a window at one ratio. With 0 epochs its blocks only get their initial values."""
 
     window: Window
     ratio: float
@@ -49,7 +49,7 @@ class Calibrated:
 def passes(recipe, blocks: int) -> list[list[Pass]]:
     """All passes, cut into sweeps; each sweep goes over the model once, from its first block on."""
     if not (recipe.epochs and recipe.learns_anything):
-        return []
+        return [[Pass(Window(index, index), 1.0, 0) for index in range(blocks)]] if recipe.needs_start else []
     windows = recipe.windows(blocks)
     stages = list(zip(recipe.stages, recipe.stage_epochs(), strict=True))
     if recipe.stage_order == "inner":
@@ -58,11 +58,11 @@ def passes(recipe, blocks: int) -> list[list[Pass]]:
 
 
 def finished_block(model: Model, calibrated: Calibrated, index: int) -> CalibrationBlock:
-    """A block with what it learned, its norm scales where the served dtype holds them exactly."""
+    """A block with what it learned, its norms where the served dtype holds them exactly."""
     block = model.block(index)
     if index in calibrated.states:
         block.load_state(calibrated.states[index])
-    block.snap_scales(model.dtype)
+    block.snap_gains(model.dtype)
     return block
 
 
@@ -78,46 +78,45 @@ class _Sweep:
         self.inputs = model.embed(samples)
         self.targets = self.inputs.clone()
         self.position_embeddings = model.position_embeddings(samples.shape[1])
+        self.batch_size = model.recipe.batch_size
         self.blocks: list[CalibrationBlock] = []
         self.first = 0
         self.ratio = 1.0  # at which the blocks of the window were last optimised
 
-    def advance(self, window: Window) -> None:
-        """Move both streams to a window: inputs through blocks quantized so far, targets through 16-bit ones."""
+    def advance(self, window: Window, progress: Progress) -> None:
+        """Move both streams to a window: inputs through blocks quantized so far, targets through 16-bit ones.
+
+        A block without a state gets its initial values behind the blocks before it, as far as they are learned by then.
+        """
         while self.first < window.first:
-            block = self.blocks.pop(0)
-            block.prepare(self.ratio)
-            run_in_place(block, self.inputs, self.position_embeddings, self.model.recipe.batch_size)
+            self._run(self.blocks.pop(0), self.inputs, self.ratio)
             self.first += 1
+        entry = None  # quantized inputs of the next block
         while self.first + len(self.blocks) <= window.last:
             index = self.first + len(self.blocks)
-            block = self.model.block(index)
-            with counting(block.experts):
-                run_in_place(block, self.targets, self.position_embeddings, self.model.recipe.batch_size)
-            if index in self.calibrated.states:
-                block.load_state(self.calibrated.states[index])
+            block, state = self.model.block(index), self.calibrated.states.get(index)
+            starts = state is None and self.model.recipe.needs_start
+            if starts:
+                progress.phase(f"starting values of block {index}", 1, -(-len(self.inputs) // self.batch_size))
+                if entry is None:
+                    entry = self.inputs.clone() if self.blocks else self.inputs
+                    for before in self.blocks:
+                        self._run(before, entry, self.ratio)
+                start_block(block, entry, self.targets, self.position_embeddings, self.model.recipe)
+                progress.step(float("nan"))
+                if index < window.last:
+                    entry = entry.clone() if entry is self.inputs else entry
+                    self._run(block, entry, ratio=1.0)
+                block.release()
+            with counting(None if starts else block.experts):
+                run_in_place(block, self.targets, self.position_embeddings, self.batch_size)
+            if state is not None:
+                block.load_state(state)
             self.blocks.append(block)
 
-
-def start(model: Model, samples: Tensor, progress: Progress) -> dict[int, dict[str, Tensor]]:
-    """The initial state of every block, found block by block behind those before it."""
-    progress.phase("starting values", model.blocks, -(-len(samples) // model.recipe.batch_size))
-    position_embeddings = model.position_embeddings(samples.shape[1])
-    inputs = model.embed(samples)
-    targets = inputs.clone() if model.recipe.correction else inputs
-    states = {}
-    for index in range(model.blocks):
-        block = model.block(index)
-        start_block(block, inputs, targets, position_embeddings, model.recipe)
-        states[index] = block.state()
-        if model.recipe.correction:
-            block.release()
-            run_in_place(block, targets, position_embeddings, model.recipe.batch_size)
-        block.prepare(ratio=1.0)
-        run_in_place(block, inputs, position_embeddings, model.recipe.batch_size)
-        progress.step(float("nan"))
-    progress.phase_done()
-    return states
+    def _run(self, block: CalibrationBlock, hidden: Tensor, ratio: float) -> None:
+        block.prepare(ratio)
+        run_in_place(block, hidden, self.position_embeddings, self.batch_size)
 
 
 def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
@@ -142,33 +141,32 @@ def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
         check_memory(model)
     if recipe.average_bits is not None:
         choose_bits(model, samples, progress)
-    if recipe.needs_start:
-        calibrated.states = start(model, samples, progress)
     sweeps = passes(recipe, model.blocks)
-    total = sum(map(len, sweeps))
+    total = sum(bool(each.epochs) for sweep in sweeps for each in sweep)
     batches = -(-len(samples) // recipe.batch_size)
     for sweep_passes in sweeps:
         sweep = _Sweep(model, calibrated, samples)
         for each in sweep_passes:
-            number = len(calibrated.results) + 1
-            progress.window(number, total, each.window, each.ratio, each.epochs * batches)
-            sweep.advance(each.window)
-            result = reconstruct(
-                sweep.blocks,
-                sweep.inputs,
-                sweep.targets,
-                sweep.position_embeddings,
-                recipe,
-                each.ratio,
-                each.epochs,
-                seed=recipe.seed * 100_003 + number,
-                on_step=progress.step,
-            )
+            sweep.advance(each.window, progress)
+            if each.epochs:
+                number = len(calibrated.results) + 1
+                progress.window(number, total, each.window, each.ratio, each.epochs * batches)
+                result = reconstruct(
+                    sweep.blocks,
+                    sweep.inputs,
+                    sweep.targets,
+                    sweep.position_embeddings,
+                    recipe,
+                    each.ratio,
+                    each.epochs,
+                    seed=recipe.seed * 100_003 + number,
+                    on_step=progress.step,
+                )
+                calibrated.results.append((each, result))
+                progress.window_done(result)
             sweep.ratio = each.ratio
             for index, block in enumerate(sweep.blocks, sweep.first):
                 calibrated.states[index] = block.state()
-            calibrated.results.append((each, result))
-            progress.window_done(result)
     if recipe.end_to_end_epochs and recipe.learns_anything:
         progress.phase("end to end", recipe.end_to_end_epochs * batches, model.blocks)
         tune(model, calibrated.states, samples, progress.step)

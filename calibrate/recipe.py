@@ -64,11 +64,13 @@ class Recipe:
     learn_scale: bool = option(False, LEARNING, "channel scales")
     learn_clip: bool = option(False, LEARNING, "ranges of the weights")
     learn_rounding: bool = option(False, LEARNING, "an offset per weight")
+    learn_norms: bool = option(False, LEARNING, "gains of the norms, end to end only")
     learn_shift: bool = option(False, LEARNING, "the shift of --correction")
     lora_rank: int = option(0, LEARNING, "low-rank adaptation inside the quantizer; 0 is off")
     lr_scale: float = option(1e-3, LEARNING, "learning rate per sample of a step")
     lr_clip: float = option(5e-4, LEARNING, "learning rate per sample of a step, as a share of the range")
     lr_rounding: float = option(1e-3, LEARNING, "learning rate per sample of a step, in steps of the grid")
+    lr_norms: float = option(1e-4, LEARNING, "learning rate per sample of a step")
     lr_shift: float = option(1e-4, LEARNING, "learning rate per sample of a step")
     lr_lora: float = option(1e-4, LEARNING, "learning rate per sample of a step")
     lr_end_to_end: float = option(1.0, LEARNING, "factor on all learning rates end to end")
@@ -116,14 +118,16 @@ class Recipe:
             raise UserError(str(error)) from None
 
     def learns(self, kind: str) -> bool:
-        """Whether a kind of parameter is learned: scale, clip, lora, rounding or shift."""
+        """Whether a kind of parameter is learned: scale, clip, lora, rounding, norms or shift."""
         if not (self.epochs or self.end_to_end_epochs):
             return False
+        if kind == "norms":
+            return self.learn_norms and self.end_to_end_epochs > 0
         return self.lora_rank > 0 if kind == "lora" else getattr(self, f"learn_{kind}")
 
     @property
     def learns_anything(self) -> bool:
-        return any(map(self.learns, ("scale", "clip", "rounding", "shift", "lora")))
+        return any(map(self.learns, ("scale", "clip", "rounding", "norms", "shift", "lora")))
 
     @property
     def has_offset(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrate.blocks import CalibrationBlock
@@ -83,7 +83,7 @@ def _optimise(
     epoch_losses = []
     for _ in range(epochs):
         losses = []
-        for batch in torch.randperm(len(inputs), generator=generator).split(recipe.batch_size):
+        for batch in shuffled(len(inputs), recipe.batch_size, generator):
             hidden = inputs[batch]
             for block in blocks:
                 block.prepare(ratio)
@@ -101,6 +101,17 @@ def _optimise(
     if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
         return None
     return WindowResult(epoch_losses[0], epoch_losses[-1])
+
+
+def shuffled(samples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """All samples once, in batches of indices int64 [batch_size], the last ones perhaps smaller.
+
+    The sample at place j of a batch is one of those whose index is j modulo the batch size, so that processes that
+    each hold some of these classes have equal work in every batch.
+    """
+    places = [torch.arange(place, samples, batch_size) for place in range(min(batch_size, samples))]
+    orders = [indices[torch.randperm(len(indices), generator=generator)] for indices in places]
+    return [torch.stack([order[step] for order in orders if step < len(order)]) for step in range(len(orders[0]))]
 
 
 @torch.no_grad()
@@ -123,9 +134,10 @@ def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: flo
         "lora": recipe.lr_lora,
         "clip": recipe.lr_clip,
         "offset": recipe.lr_rounding,
+        "gain": recipe.lr_norms,
         "shift": recipe.lr_shift,
     }
-    groups: dict[str, list] = {kind: [] for kind in rates}
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for block in blocks:
         for name, value in block.learned():
             groups[next(kind for kind in rates if kind in name)].append(value)

@@ -84,7 +84,7 @@ def test_snapped_scales_make_the_served_norm_exact(tmp_path):
     block = model.block(0)
     with torch.no_grad():
         block.scales["attention_norm"].uniform_(0.5, 2)
-    block.snap_scales(torch.bfloat16)
+    block.snap_gains(torch.bfloat16)
     _, others = block.quantized()
     norm = others["input_layernorm.weight"]
     torch.testing.assert_close(norm, norm.bfloat16().float(), rtol=3e-7, atol=0)
