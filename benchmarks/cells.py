@@ -203,8 +203,7 @@ def measure(argv: Sequence[str], progress, texts: Texts | None = None, write: bo
             "recipe": recipe.to_dict(),
             "data_sha256": samples_fingerprint(samples),
         }
-        shard_bytes = int(arguments.max_shard_size * 1e9)
-        export(model, calibrated, arguments.output_dir, arguments.overwrite, provenance, shard_bytes, lambda done: None)
+        export(model, calibrated, arguments.output_dir, arguments.overwrite, provenance)
     return {"quality": quality} | seconds
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate import products
+from calibrate.activations import Activations
 from calibrate.experts import Experts, routing
 from calibrate.layouts import BlockLayout
 from calibrate.quantizer import (
@@ -302,8 +303,8 @@ class CalibrationBlock(nn.Module):
                 yield name, value
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that calibration decided, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._calibrated()}
+        """All that calibration decided, as it is held here: not a copy."""
+        return {name: value.detach() for name, value in self._calibrated()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -387,7 +388,7 @@ class CalibrationBlock(nn.Module):
 
 
 @torch.no_grad()
-def run_in_place(block: CalibrationBlock, hidden: Tensor, position_embeddings: tuple, batch_size: int) -> None:
-    """Replace hidden states [samples, seqlen, hidden] by the block's outputs, batch by batch."""
-    for batch in hidden.split(batch_size):
-        batch.copy_(block(batch, position_embeddings))
+def run_in_place(block: CalibrationBlock, hidden: Activations, position_embeddings: tuple, batch_size: int) -> None:
+    """Replace hidden states by the block's outputs, batch by batch."""
+    for place, batch in hidden.consecutive(batch_size):
+        hidden.write(place.start, block(batch, position_embeddings))

@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="directory, hub id, or a short name such as llama3-8b")
     parser.add_argument("--output-dir", type=Path, default=Path("quantized"), help="checkpoint to write")
     parser.add_argument("--overwrite", action=switch, default=False, help="replace an existing checkpoint")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, help="GB per shard")
+    parser.add_argument("--max-host-memory", help="such as 16GB; by default most of what the machine has")
+    parser.add_argument("--max-gpu-memory", help="such as 80GB; by default most of what the GPU has")
+    parser.add_argument("--restart", action=switch, default=False, help="start an unfinished run over")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--method", default="sliderquant", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--preset", help=f"of sliderquant: {', '.join(PRESETS)}; the first if none is given")
@@ -102,10 +104,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from calibrate.data import calibration_samples, fingerprint, token_stream
     from calibrate.evaluate import perplexity
-    from calibrate.export import export
+    from calibrate.export import Writer, Written
+    from calibrate.memory import Budget, fit
     from calibrate.model import Model, resolve_model
     from calibrate.pipeline import calibrate
     from calibrate.report import TerminalProgress
+    from calibrate.store import run_directory, weights_fingerprint
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
@@ -114,8 +118,13 @@ def run(arguments: argparse.Namespace) -> None:
     device = device_named(arguments.device)
     model = Model(resolve_model(arguments.model), recipe, device)
     model.check_schemes()
+    budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
+    place = fit(model, budget, arguments.output_dir.resolve().parent)
+    recipe = model.recipe
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
     evaluation = None
+    if arguments.eval_dataset:
+        evaluation = token_stream(model.tokenizer, arguments.eval_dataset, split="test")
     calibration = {
         "model": str(model.directory.resolve()) if Path(arguments.model).is_dir() else arguments.model,
         "recipe": recipe.to_dict(),
@@ -126,39 +135,31 @@ def run(arguments: argparse.Namespace) -> None:
             "transformers": transformers.__version__,
         },
     }
-    if arguments.eval_dataset:
-        evaluation = token_stream(model.tokenizer, arguments.eval_dataset, split="test")
-        full_precision = perplexity(model, evaluation, recipe.seqlen)
-    console.print(
-        f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
-        f"{recipe.nsamples} x {recipe.seqlen} tokens, on {device}",
-    )
-    try:
-        with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
-            calibrated = calibrate(model, samples, progress)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} is out of memory; lower --batch_size, --seqlen or --nsamples") from None
-    if evaluation is not None:
-        calibration["perplexity"] = {
-            "dataset": arguments.eval_dataset,
-            "seqlen": recipe.seqlen,
-            "16-bit": full_precision,
-            "quantized": perplexity(model, evaluation, recipe.seqlen, calibrated),
-        }
-        found = calibration["perplexity"]
+    same = calibration | {"weights_sha256": weights_fingerprint(model.reader), "device": device.type}
+    with run_directory(arguments.output_dir, same, arguments.restart) as run:
         console.print(
-            f"perplexity: 16-bit {found['16-bit']:.3f}, quantized {found['quantized']:.3f}",
+            f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
+            f"{recipe.nsamples} x {recipe.seqlen} tokens, on {device}"
+            + (f"; going on with {run.directory}" if run.position else ""),
         )
-    with console.status("writing and checking") as status:
-        export(
-            model,
-            calibrated,
-            arguments.output_dir,
-            arguments.overwrite,
-            calibration,
-            int(arguments.max_shard_size * 1e9),
-            lambda done: status.update(f"writing block {done}/{model.blocks}"),
-        )
+        writer = Writer(model, run.directory)
+        try:
+            with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
+                calibrated = calibrate(model, samples, progress, run, writer.block, place)
+        except torch.OutOfMemoryError:
+            raise UserError(f"{device} is out of memory; lower --batch_size, --seqlen or --nsamples") from None
+        if evaluation is not None:
+            calibration["perplexity"] = {
+                "dataset": arguments.eval_dataset,
+                "seqlen": recipe.seqlen,
+                "16-bit": perplexity(model, evaluation, recipe.seqlen),
+                "quantized": perplexity(model, evaluation, recipe.seqlen, Written(run.directory)),
+            }
+            found = calibration["perplexity"]
+            console.print(f"perplexity: 16-bit {found['16-bit']:.3f}, quantized {found['quantized']:.3f}")
+        with console.status("writing and checking"):
+            writer.finish(calibrated, calibration)
+        run.complete(arguments.overwrite)
     console.print(
         f"wrote and checked {arguments.output_dir} in {time.monotonic() - started:.0f} s; "
         f"serve it with: vllm serve {arguments.output_dir} --quantization sliderquant",
@@ -167,8 +168,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check_output(arguments: argparse.Namespace) -> None:
     """Refuse, before any work, an output that could not be written or would replace the model itself."""
-    if not 0 < arguments.max_shard_size < float("inf"):
-        raise UserError(f"--max-shard-size: expected gigabytes above 0, found {arguments.max_shard_size}")
     output, model = arguments.output_dir.resolve(), Path(arguments.model).expanduser().resolve()
     if output == model or output in model.parents:
         raise UserError(f"--output_dir {arguments.output_dir}: holds the model to be quantized; choose another")
@@ -219,6 +218,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"calibrate: error: {' '.join(str(error).split())}{_remedy(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("calibrate: interrupted; nothing was written", file=sys.stderr)
+        print("calibrate: interrupted; the same command goes on from the last finished window", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0

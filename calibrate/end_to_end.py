@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrate.activations import Place
 from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
+from calibrate.memory import host_memory
 from calibrate.model import Model
 from calibrate.reconstruct import parameter_groups, shuffled
+from calibrate.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,7 @@ def check_memory(model: Model) -> None:
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
     else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        available = host_memory("MemAvailable")
     if needed > available:
         raise UserError(
             f"--end_to_end_epochs {model.recipe.end_to_end_epochs}: keeps all {model.blocks} blocks in memory, about "
@@ -46,11 +47,11 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
-def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on_step: Callable[[float], None]) -> None:
-    """Replace the states by tuned ones.
+def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float], None]) -> None:
+    """Replace the states of all blocks by tuned ones.
 
     Args:
-        states: block -> state, as windows left them.
+        store: has the states as windows left them.
         samples: int64 [nsamples, seqlen].
         on_step: called with the loss of every step, in nats per token.
 
@@ -60,12 +61,13 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
     position_embeddings = model.position_embeddings(samples.shape[1])
     head = model.head_module()
     blocks = [model.block(index) for index in range(model.blocks)]
-    targets = model.embed(samples)
+    inputs = model.activations(samples, Place(model.device))
+    targets = inputs.clone()
     for block in blocks:
         run_in_place(block, targets, position_embeddings, recipe.batch_size)
     for index, block in enumerate(blocks):
-        if index in states:
-            block.load_state(states[index])
+        if (state := store.state(index)) is not None:
+            block.load_state(state)
             block.recenter()
         for norm in block.norms.values():
             norm.gain.requires_grad_(recipe.learns("norms"))
@@ -78,12 +80,12 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
     for _ in range(recipe.end_to_end_epochs):
         for batch in shuffled(len(samples), recipe.batch_size, generator):
-            hidden = model.embed(samples[batch])
+            hidden = inputs.read(batch)
             for block in blocks:
                 block.prepare(ratio=1.0)
                 hidden = block(hidden, position_embeddings)
             with torch.no_grad():
-                teacher = head(targets[batch])
+                teacher = head(targets.read(batch))
             loss = divergence(head(hidden), teacher).mean()
             if not torch.isfinite(loss):
                 logger.warning(
@@ -97,4 +99,4 @@ def tune(model: Model, states: dict[int, dict[str, Tensor]], samples: Tensor, on
             schedule.step()
             on_step(loss.item())
     for index, block in enumerate(blocks):
-        states[index] = block.state()
+        store.put_state(index, block.state())

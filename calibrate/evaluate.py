@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibrate.blocks import run_in_place
+from calibrate.activations import Place
+from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import divergence
 from calibrate.errors import UserError
 from calibrate.model import Model
-from calibrate.pipeline import Calibrated, finished_block
+
+
+class Finished(Protocol):
+    """What has quantized blocks: ``calibrate.pipeline.Calibrated`` or ``calibrate.export.Written``."""
+
+    def finished_block(self, model: Model, index: int) -> CalibrationBlock: ...
 
 
 class Comparison(NamedTuple):
@@ -30,14 +36,14 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated | None = None) -> float:
+def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Finished | None = None) -> float:
     """exp of the mean negative log-likelihood over consecutive windows.
 
     Args:
         model: read block by block.
         stream: int64 [T]; the last incomplete window is left out.
         seqlen: tokens per window; the first of each is context only.
-        calibrated: learned parameters, None for the 16-bit model.
+        calibrated: has the quantized blocks, None for the 16-bit model.
     """
     windows = _windows(stream, seqlen)
     hidden = _final_states(model, windows, calibrated)
@@ -50,7 +56,7 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated
 
 
 @torch.no_grad()
-def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Calibrated) -> Comparison:
+def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Finished) -> Comparison:
     """Perplexity of both models and how far their distributions are apart; arguments as of ``perplexity``.
 
     In memory: the states behind the last block of both, fp32 [windows, seqlen, hidden] each on the device.
@@ -76,18 +82,14 @@ def _windows(stream: Tensor, seqlen: int) -> Tensor:
     return windows
 
 
-def _final_states(model: Model, windows: Tensor, calibrated: Calibrated | None) -> Tensor:
+def _final_states(model: Model, windows: Tensor, calibrated: Finished | None) -> Tensor:
     """Hidden states behind the last block: fp32 [windows, seqlen, hidden]."""
     position_embeddings = model.position_embeddings(windows.shape[1])
-    hidden = model.embed(windows)
+    hidden = model.activations(windows, Place(model.device))
     for index in range(model.blocks):
-        if calibrated is None:
-            block = model.block(index)
-        else:
-            block = finished_block(model, calibrated, index)
-            block.prepare(ratio=1.0)
+        block = model.block(index) if calibrated is None else calibrated.finished_block(model, index)
         run_in_place(block, hidden, position_embeddings, model.recipe.batch_size)
-    return hidden
+    return hidden.read(slice(None))
 
 
 def _exp(mean: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from calibrate.activations import Activations, Place
 from calibrate.attention import IMPLEMENTATION
 from calibrate.blocks import CalibrationBlock
 from calibrate.errors import UserError, first_line
@@ -58,6 +59,8 @@ SHORT_NAMES = {
     "qwen3-14b": "Qwen/Qwen3-14B",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
 }
+OUTER_ROWS = 8192  # of embedding and lm_head that are rotated at a time
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"),
@@ -142,7 +145,7 @@ class Model:
 
     @property
     def tied(self) -> bool:
-        return "lm_head.weight" not in self.reader.headers
+        return HEAD not in self.reader.headers
 
     @cached_property
     def tokenizer(self):
@@ -169,7 +172,7 @@ class Model:
         if self.tied:
             if not self.config.tie_word_embeddings:
                 raise UserError(f"{self.directory}: lm_head.weight is missing and the config does not tie it")
-            expected.pop("lm_head.weight", None)
+            expected.pop(HEAD, None)
         for name, shape in expected.items():
             header = self.reader.headers.get(name)
             if header is None:
@@ -185,10 +188,11 @@ class Model:
                     "name the unquantized model"
                 )
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as fp32 on the device. Raises UserError where it is not finite."""
+    def read(self, name: str, rows: Tensor | slice | None = None) -> Tensor:
+        """A tensor, or rows of it, as fp32 on the device. Raises UserError where it is not finite."""
         stored, part = self.parts.get(name, (name, ()))
-        tensor = self.reader.tensor(stored)[part].to(self.device, torch.float32)
+        tensor = self.reader.tensor(stored)[part]
+        tensor = (tensor if rows is None else tensor[rows]).to(self.device, torch.float32, copy=True)
         if not torch.isfinite(tensor).all():
             file = self.reader.headers[stored].file
             raise UserError(f"{file}: {name}: found NaN or infinite weights; download the model again")
@@ -301,34 +305,59 @@ class Model:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first block: [..., seqlen] int64 -> fp32 [..., seqlen, hidden]."""
-        if (highest := int(tokens.max())) >= len(self.embedding):
+        rows = self.reader.headers[EMBEDDING].shape[0]
+        if (highest := int(tokens.max())) >= rows:
             raise UserError(
-                f"--model {self.directory}: its tokenizer gives token {highest}, its embedding has "
-                f"{len(self.embedding)}; tokenizer and weights are of different models"
+                f"--model {self.directory}: its tokenizer gives token {highest}, its embedding has {rows}; "
+                "tokenizer and weights are of different models"
             )
-        return self.embedding[tokens.cpu()].to(self.device)
+        found, places = tokens.cpu().unique(return_inverse=True)
+        vectors = self.read(EMBEDDING, found)
+        return (self.stream.apply(vectors) if self.recipe.rotate else vectors)[places.to(self.device)]
 
-    @cached_property
-    def embedding(self) -> Tensor:
-        """fp32 [vocabulary, hidden] on the CPU, rotated."""
-        weight = self.read("model.embed_tokens.weight")
-        return (self.stream.apply(weight) if self.recipe.rotate else weight).cpu()
+    def activations(self, samples: Tensor, place: Place) -> Activations:
+        """Hidden states before the first block, of samples int64 [nsamples, seqlen]."""
+        found = Activations((*samples.shape, self.config.hidden_size), place)
+        for first in range(0, len(samples), self.recipe.batch_size):
+            found.write(first, self.embed(samples[first : first + self.recipe.batch_size]))
+        return found
 
-    @cached_property
+    def embedding_tensors(self) -> dict[str, Tensor]:
+        """The embedding by its name, as it is served."""
+        return {EMBEDDING: self._outer(EMBEDDING, self.stream.apply if self.recipe.rotate else None)}
+
     def head_tensors(self) -> dict[str, Tensor]:
-        """Final norm and lm_head, fp32 on the CPU. A tied head is untied where rotation makes it differ."""
-        norm = self.read("model.norm.weight")
-        weight = self.read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
-        if self.recipe.rotate:
-            norm, weight = torch.ones_like(norm), self.stream.apply(fold_norm(norm, weight))
-        return {"model.norm.weight": norm.cpu(), "lm_head.weight": weight.cpu()}
+        """Final norm and lm_head by their names, as they are served. Rotation unties a tied head, since they differ."""
+        norm = self.read(NORM)
+        if not self.recipe.rotate:
+            head = {} if self.tied else {HEAD: self._outer(HEAD, None)}
+            return head | {NORM: norm.to("cpu", self.dtype)}
+        rotated = self._outer(self._head_name, lambda rows: self.stream.apply(fold_norm(norm, rows)))
+        return {NORM: torch.ones_like(norm).to("cpu", self.dtype), HEAD: rotated}
+
+    @property
+    def _head_name(self) -> str:
+        return EMBEDDING if self.tied else HEAD
+
+    def _outer(self, name: str, change: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """A large tensor in the served dtype on the CPU, read and changed in pieces."""
+        shape = self.reader.headers[name].shape
+        found = torch.empty(shape, dtype=self.dtype)
+        for first in range(0, shape[0], OUTER_ROWS):
+            rows = slice(first, first + OUTER_ROWS)
+            values = self.read(name, rows)
+            found[rows] = (values if change is None else change(values)).to(self.dtype)
+        return found
 
     def head_module(self) -> nn.Module:
         """Final norm and lm_head on the device: hidden states behind the last block -> fp32 [..., vocabulary]."""
-        tensors = {name: tensor.to(self.device) for name, tensor in self.head_tensors.items()}
-        norm = _materialise(self.skeleton.model.norm, {"weight": tensors["model.norm.weight"]})
-        head = _materialise(self.skeleton.lm_head, {"weight": tensors["lm_head.weight"]})
-        return nn.Sequential(norm, head)
+        norm, weight = self.read(NORM), self.read(self._head_name)
+        if self.recipe.rotate:
+            norm, weight = torch.ones_like(norm), self.stream.apply(fold_norm(norm, weight))
+        return nn.Sequential(
+            _materialise(self.skeleton.model.norm, {"weight": norm}),
+            _materialise(self.skeleton.lm_head, {"weight": weight}),
+        )
 
     def position_embeddings(self, seqlen: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary embedding, as the decoder layers take them."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from calibrate.activations import Activations, Place
 from calibrate.allocation import allocate, sensitivities
 from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import check_memory, tune
@@ -14,6 +17,7 @@ from calibrate.experts import counting
 from calibrate.model import Model
 from calibrate.reconstruct import WindowResult, reconstruct
 from calibrate.start import start_block
+from calibrate.store import State, Store
 from calibrate.windows import Window
 
 SENSITIVITY_TOKENS = 8192
@@ -42,8 +46,21 @@ class Pass:
 class Calibrated:
     """What was decided about every block, and the losses of every pass."""
 
-    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    store: Store = field(default_factory=Store)
     results: list[tuple[Pass, WindowResult]] = field(default_factory=list)
+
+    @property
+    def states(self) -> dict[int, State]:
+        """Those that the store holds in memory."""
+        return self.store.states
+
+    def finished_block(self, model: Model, index: int) -> CalibrationBlock:
+        """A block with what it learned, prepared, its norms where the served dtype holds them exactly."""
+        block = model.block(index)
+        if (state := self.store.state(index)) is not None:
+            block.load_state(state)
+        _finish(block, model)
+        return block
 
 
 def passes(recipe, blocks: int) -> list[list[Pass]]:
@@ -57,13 +74,9 @@ def passes(recipe, blocks: int) -> list[list[Pass]]:
     return [[Pass(window, ratio, epochs) for window in windows] for ratio, epochs in stages]
 
 
-def finished_block(model: Model, calibrated: Calibrated, index: int) -> CalibrationBlock:
-    """A block with what it learned, its norms where the served dtype holds them exactly."""
-    block = model.block(index)
-    if index in calibrated.states:
-        block.load_state(calibrated.states[index])
+def _finish(block: CalibrationBlock, model: Model) -> None:
     block.snap_gains(model.dtype)
-    return block
+    block.prepare(ratio=1.0)
 
 
 class _Sweep:
@@ -73,28 +86,58 @@ class _Sweep:
     block runs in 16 bits once a sweep, however many windows it is part of.
     """
 
-    def __init__(self, model: Model, calibrated: Calibrated, samples: Tensor):
-        self.model, self.calibrated = model, calibrated
-        self.inputs = model.embed(samples)
+    def __init__(self, model: Model, store: Store, samples: Tensor, place: Place):
+        self.model, self.store = model, store
+        self.inputs = model.activations(samples, place)
         self.targets = self.inputs.clone()
         self.position_embeddings = model.position_embeddings(samples.shape[1])
         self.batch_size = model.recipe.batch_size
         self.blocks: list[CalibrationBlock] = []
         self.first = 0
         self.ratio = 1.0  # at which the blocks of the window were last optimised
+        self.stored = {"inputs": 0, "targets": 0}  # blocks that each stream had passed when it was last stored
 
-    def advance(self, window: Window, progress: Progress) -> None:
+    def put(self) -> None:
+        """Store what this window left and what going on behind it takes."""
+        for index, block in enumerate(self.blocks, self.first):
+            self.store.put_state(index, block.state())
+        passed = {"inputs": self.first, "targets": self.first + len(self.blocks)}
+        for name in passed:
+            if self.stored[name] != passed[name]:
+                self.store.put_stream(name, getattr(self, name))
+        self.stored = passed
+
+    def restore(self) -> None:
+        """Give the blocks of the window the states that they had when they were last put."""
+        for index, block in enumerate(self.blocks, self.first):
+            block.load_state(self.store.state(index))
+
+    def load(self, window: Window, ratio: float) -> None:
+        """Go back to where ``put`` was called behind this window."""
+        self.first, self.ratio = window.first, ratio
+        self.stored = {"inputs": window.first, "targets": window.last + 1}
+        for name, passed in self.stored.items():
+            if passed:
+                self.store.load_stream(name, getattr(self, name))
+        self.blocks = [self.model.block(index) for index in range(window.first, window.last + 1)]
+        self.restore()
+
+    def advance(
+        self, window: Window, progress: Progress, on_leave: Callable[[int, CalibrationBlock], None] = lambda *_: None
+    ) -> None:
         """Move both streams to a window: inputs through blocks quantized so far, targets through 16-bit ones.
 
         A block without a state gets its initial values behind the blocks before it, as far as they are learned by then.
+        ``on_leave`` gets every block that no later window of the sweep has.
         """
         while self.first < window.first:
-            self._run(self.blocks.pop(0), self.inputs, self.ratio)
+            self._run(self.blocks[0], self.inputs, self.ratio)
+            on_leave(self.first, self.blocks.pop(0))
             self.first += 1
         entry = None  # quantized inputs of the next block
         while self.first + len(self.blocks) <= window.last:
             index = self.first + len(self.blocks)
-            block, state = self.model.block(index), self.calibrated.states.get(index)
+            block, state = self.model.block(index), self.store.state(index)
             starts = state is None and self.model.recipe.needs_start
             if starts:
                 progress.phase(f"starting values of block {index}", 1, -(-len(self.inputs) // self.batch_size))
@@ -110,13 +153,45 @@ class _Sweep:
                 block.release()
             with counting(None if starts else block.experts):
                 run_in_place(block, self.targets, self.position_embeddings, self.batch_size)
-            if state is not None:
+            if state is None:
+                self.store.put_state(index, block.state())
+            else:
                 block.load_state(state)
             self.blocks.append(block)
 
-    def _run(self, block: CalibrationBlock, hidden: Tensor, ratio: float) -> None:
+    def _run(self, block: CalibrationBlock, hidden: Activations, ratio: float) -> None:
         block.prepare(ratio)
         run_in_place(block, hidden, self.position_embeddings, self.batch_size)
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run has come: passes done of a sweep, after all those before it."""
+
+    sweep: int = 0
+    passes: int = 0
+    bits: dict[str, int] = field(default_factory=dict)
+    results: list[tuple[Pass, WindowResult]] = field(default_factory=list)
+    tuned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        losses = [(result.first_loss, result.last_loss) for _, result in self.results]
+        return {
+            "sweep": self.sweep,
+            "passes": self.passes,
+            "bits": self.bits,
+            "losses": losses,
+            "tuned": self.tuned,
+        }
+
+    @classmethod
+    def of(cls, stored: dict[str, Any] | None, sweeps: list[list[Pass]]) -> Position:
+        """The start of a run, or what ``to_dict`` gave."""
+        if stored is None:
+            return cls()
+        learning = [each for sweep in sweeps for each in sweep if each.epochs]
+        results = [(each, WindowResult(*losses)) for each, losses in zip(learning, stored["losses"], strict=False)]
+        return cls(stored["sweep"], stored["passes"], stored["bits"], results, stored["tuned"])
 
 
 def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
@@ -129,46 +204,82 @@ def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
     progress.phase_done()
 
 
-def calibrate(model: Model, samples: Tensor, progress: Progress) -> Calibrated:
-    """Run every pass of the model's recipe.
+def calibrate(
+    model: Model,
+    samples: Tensor,
+    progress: Progress,
+    store: Store | None = None,
+    on_finished: Callable[[int, CalibrationBlock], None] | None = None,
+    place: Place | None = None,
+) -> Calibrated:
+    """Run every pass of the model's recipe, or what is left of it behind the position of the store.
 
     Args:
         samples: int64 [nsamples, seqlen].
+        store: keeps what was found; by default in memory.
+        on_finished: called once with every block that nothing changes any more, in order; the store forgets its state.
+        place: of the hidden states; by default on the device, in bf16.
     """
     recipe = model.recipe
-    calibrated = Calibrated()
-    if recipe.end_to_end_epochs and recipe.learns_anything:
+    calibrated = Calibrated(store or Store())
+    store, place = calibrated.store, place or Place(model.device, dtype=torch.bfloat16)
+    tunes = recipe.end_to_end_epochs > 0 and recipe.learns_anything
+    if tunes:
         check_memory(model)
-    if recipe.average_bits is not None:
-        choose_bits(model, samples, progress)
     sweeps = passes(recipe, model.blocks)
     total = sum(bool(each.epochs) for sweep in sweeps for each in sweep)
     batches = -(-len(samples) // recipe.batch_size)
-    for sweep_passes in sweeps:
-        sweep = _Sweep(model, calibrated, samples)
-        for each in sweep_passes:
-            sweep.advance(each.window, progress)
+    at = Position.of(store.position, sweeps)
+    calibrated.results = at.results
+    model.bits = at.bits
+    if recipe.average_bits is not None and not model.bits:
+        choose_bits(model, samples, progress)
+
+    def leave(index: int, block: CalibrationBlock) -> None:
+        if on_finished is not None:
+            _finish(block, model)
+            on_finished(index, block)
+            store.drop_state(index, keep=("tokens", "starved") if block.experts is not None else ())
+
+    for number, sweep_passes in enumerate(sweeps):
+        if number < at.sweep:
+            continue
+        is_last = number == len(sweeps) - 1 and not tunes
+        sweep = _Sweep(model, store, samples, place)
+        done = at.passes if number == at.sweep else 0
+        if done:
+            sweep.load(sweep_passes[done - 1].window, sweep_passes[done - 1].ratio)
+        for each in sweep_passes[done:]:
+            sweep.advance(each.window, progress, leave if is_last else lambda *_: None)
             if each.epochs:
-                number = len(calibrated.results) + 1
-                progress.window(number, total, each.window, each.ratio, each.epochs * batches)
+                progress.window(len(at.results) + 1, total, each.window, each.ratio, each.epochs * batches)
                 result = reconstruct(
                     sweep.blocks,
+                    sweep.restore,
                     sweep.inputs,
                     sweep.targets,
                     sweep.position_embeddings,
                     recipe,
                     each.ratio,
                     each.epochs,
-                    seed=recipe.seed * 100_003 + number,
+                    seed=recipe.seed * 100_003 + len(at.results) + 1,
                     on_step=progress.step,
                 )
-                calibrated.results.append((each, result))
+                at.results.append((each, result))
                 progress.window_done(result)
             sweep.ratio = each.ratio
+            sweep.put()
+            done += 1
+            store.commit(Position(number, done, model.bits, at.results).to_dict())
+        if is_last:
             for index, block in enumerate(sweep.blocks, sweep.first):
-                calibrated.states[index] = block.state()
-    if recipe.end_to_end_epochs and recipe.learns_anything:
+                leave(index, block)
+    if tunes and not at.tuned:
         progress.phase("end to end", recipe.end_to_end_epochs * batches, model.blocks)
-        tune(model, calibrated.states, samples, progress.step)
+        tune(model, store, samples, progress.step)
         progress.phase_done()
+        store.commit(Position(len(sweeps), 0, model.bits, at.results, tuned=True).to_dict())
+    if tunes or not sweeps:
+        for index in range(model.blocks):
+            leave(index, calibrated.finished_block(model, index))
     return calibrated

@@ -69,7 +69,7 @@ class Recipe:
     lora_rank: int = option(0, LEARNING, "low-rank adaptation inside the quantizer; 0 is off")
     lr_scale: float = option(1e-3, LEARNING, "learning rate per sample of a step")
     lr_clip: float = option(5e-4, LEARNING, "learning rate per sample of a step, as a share of the range")
-    lr_rounding: float = option(1e-3, LEARNING, "learning rate per sample of a step, in steps of the grid")
+    lr_rounding: float = option(1.5e-3, LEARNING, "learning rate per sample of a step, in steps of the grid")
     lr_norms: float = option(1e-4, LEARNING, "learning rate per sample of a step")
     lr_shift: float = option(1e-4, LEARNING, "learning rate per sample of a step")
     lr_lora: float = option(1e-4, LEARNING, "learning rate per sample of a step")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock
 from calibrate.errors import UserError
 from calibrate.recipe import Recipe
@@ -29,8 +30,9 @@ class WindowResult:
 
 def reconstruct(
     blocks: list[CalibrationBlock],
-    inputs: Tensor,
-    targets: Tensor,
+    restore: Callable[[], None],
+    inputs: Activations,
+    targets: Activations,
     position_embeddings: tuple[Tensor, Tensor],
     recipe: Recipe,
     ratio: float,
@@ -42,8 +44,9 @@ def reconstruct(
 
     Args:
         blocks: the window, first block first.
-        inputs: [nsamples, seqlen, hidden] as the blocks quantized so far produce them.
-        targets: [nsamples, seqlen, hidden] of the 16-bit model behind the window's last block.
+        restore: gives the blocks the states back that they have now.
+        inputs: as the blocks quantized so far produce them.
+        targets: of the 16-bit model behind the window's last block.
         ratio: share of input channels that is quantized.
         on_step: called with the loss of every step.
 
@@ -53,14 +56,12 @@ def reconstruct(
     if not any(True for block in blocks for _ in block.learned()):
         loss = _loss(blocks, inputs, targets, position_embeddings, recipe, ratio)
         return WindowResult(loss, loss)
-    start = [block.state() for block in blocks]
     for attempt in range(RETRIES + 1):
         factor = 0.1**attempt
         result = _optimise(blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step)
         if result is not None:
             return result
-        for block, state in zip(blocks, start, strict=True):
-            block.load_state(state)
+        restore()
         if attempt < RETRIES:
             logger.warning(
                 "the loss became non-finite; starting the window again with %g of the learning rates",
@@ -83,12 +84,12 @@ def _optimise(
     epoch_losses = []
     for _ in range(epochs):
         losses = []
-        for batch in shuffled(len(inputs), recipe.batch_size, generator):
-            hidden = inputs[batch]
+        order = shuffled(len(inputs), recipe.batch_size, generator)
+        for hidden, target in zip(inputs.batches(order), targets.batches(order), strict=True):
             for block in blocks:
                 block.prepare(ratio)
                 hidden = block(hidden, position_embeddings)
-            loss = functional.mse_loss(hidden, targets[batch])
+            loss = functional.mse_loss(hidden, target)
             losses.append(loss.item())
             if not torch.isfinite(loss):
                 return None
@@ -120,11 +121,12 @@ def _loss(blocks, inputs, targets, position_embeddings, recipe, ratio) -> float:
     for block in blocks:
         block.prepare(ratio)
     total = 0.0
-    for hidden, target in zip(inputs.split(recipe.batch_size), targets.split(recipe.batch_size), strict=True):
+    batches = inputs.consecutive(recipe.batch_size), targets.consecutive(recipe.batch_size)
+    for (_, hidden), (_, target) in zip(*batches, strict=True):
         for block in blocks:
             hidden = block(hidden, position_embeddings)
         total += functional.mse_loss(hidden, target, reduction="sum").item()
-    return total / targets.numel()
+    return total / targets.shape.numel()
 
 
 def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: float) -> list[dict]:

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from calibrate.experts import token_table
+from calibrate.model import Model
 from calibrate.pipeline import Calibrated, passes
 from calibrate.recipe import Recipe
 from calibrate.reconstruct import WindowResult
@@ -92,8 +93,9 @@ def _size(window: Window) -> int:
     return window.last - window.first + 1
 
 
-def model_card(recipe: Recipe, calibrated: Calibrated, calibration: dict) -> str:
+def model_card(model: Model, calibrated: Calibrated, calibration: dict) -> str:
     """Markdown with what was made, from what, how, and how to serve it."""
+    recipe = model.recipe
     scheme = LinearScheme(recipe.weights, recipe.activations)
     settings = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in recipe.to_dict().items())
     losses = "\n".join(
@@ -109,7 +111,8 @@ Mean squared error at each window's output, averaged over its first and its last
 |---|---|---|---|---|
 {losses}
 """
-    table = token_table(calibrated.states)
+    states = {index: calibrated.store.state(index) for index in range(model.blocks)}
+    table = token_table({index: state for index, state in states.items() if state})
     experts = f"""
 ## Experts
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock, CalibrationLinear
 from calibrate.experts import counting, support_starved, warn_starved
 from calibrate.layouts import Site
@@ -48,7 +49,7 @@ class InputStatistics:
 
 
 def collect(
-    block: CalibrationBlock, paths: list[str], inputs: Tensor, position_embeddings: tuple, batch_size: int
+    block: CalibrationBlock, paths: list[str], inputs: Activations, position_embeddings: tuple, batch_size: int
 ) -> dict[str, InputStatistics]:
     """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples."""
     found = {path: InputStatistics.of(block.linears[path]) for path in paths}
@@ -58,7 +59,7 @@ def collect(
 
     hooks = [block.linears[path].register_forward_pre_hook(partial(hook, to=found[path])) for path in paths]
     with counting(block.experts):
-        for batch in inputs.split(batch_size):
+        for _, batch in inputs.consecutive(batch_size):
             block(batch, position_embeddings)
     for each in hooks:
         each.remove()
@@ -67,12 +68,16 @@ def collect(
 
 @torch.no_grad()
 def start_block(
-    block: CalibrationBlock, inputs: Tensor, targets: Tensor, position_embeddings: tuple[Tensor, Tensor], recipe: Recipe
+    block: CalibrationBlock,
+    inputs: Activations,
+    targets: Activations,
+    position_embeddings: tuple[Tensor, Tensor],
+    recipe: Recipe,
 ) -> None:
     """Find the initial values of a block, in place.
 
     Args:
-        inputs: [nsamples, seqlen, hidden] behind the blocks quantized so far.
+        inputs: behind the blocks quantized so far.
         targets: the same behind the 16-bit blocks.
     """
     done: list[str] = []
@@ -90,6 +95,7 @@ def start_block(
         block.prepare(1.0, only=done)
         readers = [site.linears[0] for site in quantized]
         found = collect(block, readers, inputs, position_embeddings, recipe.batch_size)
+        block.release()
         if block.experts is not None:
             support_starved(block.experts, block.layout, found)
         for pair in dict.fromkeys(site.pair for site in quantized):

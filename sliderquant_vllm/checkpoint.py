@@ -26,9 +26,7 @@ from sliderquant_vllm.format import (
     matches,
 )
 from sliderquant_vllm.packing import expected_tensors
-from sliderquant_vllm.shards import Reader, TensorHeader, read_json, write_shards
-
-__all__ = ["Linear", "Summary", "read_config", "staging_directory", "validate_checkpoint", "write_shards"]
+from sliderquant_vllm.shards import Reader, TensorHeader, read_json
 
 CONFIG_FILE = "config.json"
 BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -225,8 +223,7 @@ def staging_directory(output_dir: str | Path, overwrite: bool = False) -> Iterat
     staging.mkdir()
     try:
         yield staging
-        check_replaceable(target, overwrite)
-        _replace(staging, target)
+        put_in_place(staging, target, overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -246,7 +243,9 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is not a model made here and is not overwritten; choose another directory")
 
 
-def _replace(staging: Path, target: Path) -> None:
+def put_in_place(staging: Path, target: Path, overwrite: bool) -> None:
+    """Rename a directory to what may be an older one of ours. Raises FileExistsError as ``check_replaceable``."""
+    check_replaceable(target, overwrite)
     retired = None
     if target.exists():
         retired = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,6 @@ class Reader:
             for path in self.directory.glob("*.safetensors"):
                 if path.name != WEIGHTS_FILE:
                     raise FormatError(f"{index_path}: missing beside {path.name}; copy it, or remove the other shards")
-        self._shards: dict[str, Any] = {}
         self.headers: dict[str, TensorHeader] = {}
         for file in files:
             self._read_headers(file)
@@ -79,20 +79,16 @@ class Reader:
         if not path.is_file():
             raise FormatError(f"{path}: the shard is missing; copy or download it again")
         try:
-            self._shards[file] = shard = safe_open(path, framework="pt")
-            for name in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
-                if name in self.headers:
-                    raise FormatError(f"{name}: found in both {self.headers[name].file} and {file}; remove one")
-                view = shard.get_slice(name)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                dtype = DTYPES.get(dtype, dtype)
-                width = dtype.itemsize if isinstance(dtype, torch.dtype) else 1
-                self.headers[name] = TensorHeader(file, shape, dtype, torch.Size(shape).numel() * width)
+            found = _headers(path)
         except (SafetensorError, OSError) as error:
             raise FormatError(
                 f"{path}: no readable safetensors file ({_one_line(error)}); it is truncated or damaged: "
                 "copy or download it again"
             ) from None
+        for name, header in found.items():
+            if name in self.headers:
+                raise FormatError(f"{name}: found in both {self.headers[name].file} and {file}; remove one")
+            self.headers[name] = header
 
     def _compare_with_index(self, weight_map: Mapping[str, str]) -> None:
         for name, file in weight_map.items():
@@ -110,8 +106,18 @@ class Reader:
             )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor to the CPU."""
-        return self._shards[self.headers[name].file].get_tensor(name)
+        """Read one tensor to the CPU.
+
+        It maps its file for as long as it lives. An open shard would keep all that was ever read of it in memory.
+        """
+        path = self.directory / self.headers[name].file
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                f"{path}: {name} cannot be read ({_one_line(error)}); copy or download the file again"
+            ) from None
 
     def modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Module name -> last component of the tensor name -> header."""
@@ -123,8 +129,9 @@ class Reader:
 
     def check_digests(self) -> None:
         """Compare every shard with the SHA-256 in the index, where there is one."""
+        files = {header.file for header in self.headers.values()}
         for file, expected in self.sha256.items():
-            if file not in self._shards:
+            if file not in files:
                 raise FormatError(f"{INDEX_FILE}: metadata.sha256 names {file}, weight_map does not; copy it again")
             if (digest := _sha256(self.directory / file)) != expected:
                 raise FormatError(
@@ -133,55 +140,51 @@ class Reader:
                 )
 
 
-def write_shards(
-    directory: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write tensors as ``model-0000i-of-0000n.safetensors`` and their index.
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file, whole or not at all, and on the disk when this returns."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        storages = [tensor.untyped_storage() for tensor in kept.values()]
+        shared = Counter(storage.data_ptr() for storage in storages)
+        for (name, tensor), storage in zip(kept.items(), storages, strict=True):
+            if shared[storage.data_ptr()] > 1 or storage.nbytes() != tensor.nbytes:
+                kept[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        save_file(kept, partial, metadata={"format": "pt"})
+        # save_file makes files that only their owner can read; a server often runs as another user.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({_one_line(error)})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
-    Consumes the iterable as it goes: no more than ``max_shard_bytes`` (or one larger tensor) is held.
+
+def shard_name(number: int, total: int) -> str:
+    """File name of a shard, counted from 1."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_index(directory: Path, files: Iterable[str]) -> None:
+    """Write the index of shards that lie in a directory, with their digests.
 
     Raises:
         FormatError: a tensor name comes twice, or no tensor comes at all.
     """
-    directory = Path(directory)
-    names: list[list[str]] = []
-    digests: list[str] = []
-    total = pending_bytes = 0
-    pending: dict[str, torch.Tensor] = {}
-    seen: set[str] = set()
-
-    def flush() -> None:
-        path = directory / f"shard-{len(names)}.partial"
-        save_file(pending, path, metadata={"format": "pt"})
-        # save_file makes files that only their owner can read; a server often runs as another user.
-        path.chmod(directory.stat().st_mode & 0o666)
-        digests.append(_sha256(path, sync=True))
-        names.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if name in seen:
-            raise FormatError(f"{name}: expected one tensor of this name, found two; rename one")
-        seen.add(name)
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        # A copy, because safetensors refuses tensors that share memory, and the caller may reuse his.
-        pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        pending_bytes += tensor.nbytes
-        total += tensor.nbytes
-    if pending:
-        flush()
-    if not names:
+    weight_map: dict[str, str] = {}
+    digests, total = {}, 0
+    for file in files:
+        for name, header in _headers(directory / file).items():
+            if name in weight_map:
+                raise FormatError(f"{name}: expected one tensor of this name, found two; rename one")
+            weight_map[name] = file
+            total += header.nbytes
+        digests[file] = _sha256(directory / file)
+    if not weight_map:
         raise FormatError(f"{directory}: expected tensors to write, found none")
-
-    files = [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
-    for i, file in enumerate(files):
-        os.rename(directory / f"shard-{i}.partial", directory / file)
-    index = {
-        "metadata": {"total_size": total, "sha256": dict(zip(files, digests, strict=True))},
-        "weight_map": {name: file for file, held in zip(files, names, strict=True) for name in held},
-    }
+    index = {"metadata": {"total_size": total, "sha256": digests}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -198,10 +201,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _sha256(path: Path, sync: bool = False) -> str:
-    with path.open("rb+" if sync else "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
+def _headers(path: Path) -> dict[str, TensorHeader]:
+    """What a shard holds. Raises SafetensorError or OSError."""
+    found = {}
+    with safe_open(path, framework="pt") as shard:
+        for name in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+            view = shard.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            dtype = DTYPES.get(dtype, dtype)
+            width = dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+            found[name] = TensorHeader(path.name, shape, dtype, torch.Size(shape).numel() * width)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

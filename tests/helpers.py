@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sliderquant_vllm import ops
-from sliderquant_vllm.checkpoint import read_config, staging_directory, write_shards
+from sliderquant_vllm.checkpoint import read_config, staging_directory
 from sliderquant_vllm.format import (
     ActivationScheme,
     LinearScheme,
@@ -21,7 +21,7 @@ from sliderquant_vllm.format import (
     WeightScheme,
 )
 from sliderquant_vllm.packing import dequantize, pack_linear, unpack_linear
-from sliderquant_vllm.shards import Reader
+from sliderquant_vllm.shards import Reader, shard_name, write_index, write_shard
 
 TINY_LLAMA = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -206,6 +206,19 @@ def _write_model(
         (staging / "config.json").write_text(json.dumps(config, indent=2))
         _copy_tokenizer(model_dir, staging)
     return Path(out_dir)
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = 10**9) -> None:
+    """Write tensors as shards of about so many bytes, and their index."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors:
+        if shards[-1] and sum(value.nbytes for value in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    for file, held in zip(files, shards, strict=True):
+        write_shard(directory / file, held)
+    write_index(directory, files)
 
 
 def _copy_tokenizer(source: str | Path, target: str | Path) -> None:

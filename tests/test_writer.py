@@ -10,58 +10,62 @@ import sys
 import pytest
 import torch
 
-from sliderquant_vllm.checkpoint import staging_directory, validate_checkpoint, write_shards
+from sliderquant_vllm.checkpoint import staging_directory, validate_checkpoint
 from sliderquant_vllm.format import FormatError
-from sliderquant_vllm.shards import INDEX_FILE, Reader
+from sliderquant_vllm.shards import INDEX_FILE, Reader, shard_name, write_index, write_shard
+from tests.helpers import write_shards
 
 
-def test_shards_stream_and_respect_their_size(tmp_path):
-    held = {f"t{i}": torch.full((1000,), float(i)) for i in range(10)}
-    written = []
-
-    def tensors():
-        for name, tensor in held.items():
-            written.append(len(list(tmp_path.glob("shard-*"))))
-            yield name, tensor
-
-    write_shards(tmp_path, tensors(), max_shard_bytes=12_000)
-    assert written == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [*(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)), INDEX_FILE]
+def test_shards_and_their_index_read_back(tmp_path):
+    held = {f"t{i}": torch.full((1000,), float(i)) for i in range(4)}
+    files = [shard_name(number, 2) for number in (1, 2)]
+    assert files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for file, names in zip(files, (["t0", "t1", "t2"], ["t3"]), strict=True):
+        write_shard(tmp_path / file, {name: held[name] for name in names})
+    write_index(tmp_path, files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*files, INDEX_FILE]
     index = json.loads((tmp_path / INDEX_FILE).read_text())
-    assert index["metadata"]["total_size"] == 40_000
+    assert index["metadata"]["total_size"] == 16_000
     reader = Reader(tmp_path)
     reader.check_digests()
     assert set(reader.headers) == set(held)
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in held.items())
 
 
-def test_shards_hold_views_shared_and_reused_tensors_and_one_larger_than_a_shard(tmp_path):
+def test_a_shard_holds_views_and_shared_tensors(tmp_path):
     base = torch.arange(64.0).reshape(8, 8)
-    buffer = torch.zeros(4)
-
-    def tensors():
-        yield "transposed", base.T
-        yield "slice", base[:, 2:4]
-        yield "again", base
-        for i in range(3):
-            yield f"buffer{i}", buffer.fill_(i)
-        yield "large", torch.ones(10_000)
-
-    write_shards(tmp_path, tensors(), max_shard_bytes=1_000)
+    held = {"transposed": base.T, "slice": base[:, 2:4], "again": base}
+    write_shard(tmp_path / "model.safetensors", held)
     reader = Reader(tmp_path)
-    assert torch.equal(reader.tensor("transposed"), base.T)
-    assert torch.equal(reader.tensor("slice"), base[:, 2:4])
-    assert torch.equal(reader.tensor("again"), base)
-    assert [reader.tensor(f"buffer{i}").tolist() for i in range(3)] == [[i] * 4 for i in range(3)]
-    assert reader.headers["large"].shape == (10_000,)
+    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in held.items())
 
 
-def test_the_writer_refuses_nothing_and_one_name_twice(tmp_path):
+def test_the_index_refuses_nothing_and_one_name_twice(tmp_path):
     with pytest.raises(FormatError, match="found none"):
-        write_shards(tmp_path, [])
-    with pytest.raises(FormatError, match="a: expected one tensor"):
-        write_shards(tmp_path, [("a", torch.ones(1)), ("a", torch.ones(1))])
+        write_index(tmp_path, [])
+    for file in ("a.safetensors", "b.safetensors"):
+        write_shard(tmp_path / file, {"x": torch.ones(1)})
+    with pytest.raises(FormatError, match="x: expected one tensor"):
+        write_index(tmp_path, ["a.safetensors", "b.safetensors"])
+
+
+def test_a_shard_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_shard(path, {"x": torch.ones(1)})
+    limit = """
+import resource, sys, torch
+from pathlib import Path
+from sliderquant_vllm.shards import write_shard
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    write_shard(Path(sys.argv[1]), {"x": torch.zeros(1_000_000)})
+except OSError as error:
+    sys.exit(str(error))
+"""
+    process = subprocess.run([sys.executable, "-c", limit, str(path)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "model.safetensors" in process.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert Reader(tmp_path).tensor("x").tolist() == [1]
 
 
 def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
@@ -124,21 +128,16 @@ def test_staging_keeps_the_old_model_when_the_new_one_fails(tmp_path):
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path):
     script = """
 import os, signal, sys, torch
-from sliderquant_vllm.checkpoint import staging_directory, write_shards
-
-def tensors():
-    for i in range(8):
-        yield f"t{i}", torch.ones(1000)
-    os.kill(os.getpid(), signal.SIGKILL)
+from sliderquant_vllm.checkpoint import staging_directory
+from sliderquant_vllm.shards import write_shard
 
 with staging_directory(sys.argv[1]) as staging:
-    write_shards(staging, tensors(), max_shard_bytes=8000)
+    write_shard(staging / "model.safetensors", {"t": torch.ones(1000)})
+    os.kill(os.getpid(), signal.SIGKILL)
 """
     target = tmp_path / "model"
     process = subprocess.run([sys.executable, "-c", script, str(target)], timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert not target.exists()
-    partial = next(tmp_path.glob(".model.partial-*"))
-    assert not list(partial.glob("*.safetensors"))
     with pytest.raises(FormatError):
-        validate_checkpoint(partial)
+        validate_checkpoint(next(tmp_path.glob(".model.partial-*")))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from calibrate.activations import Activations
 from calibrate.methods import gptq
 from sliderquant_vllm.format import LinearScheme
 
@@ -56,22 +57,22 @@ def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Te
 
 
 @torch.no_grad()
-def deviation(block, inputs: Tensor, targets: Tensor, position_embeddings: tuple, batch_size: int) -> Tensor:
+def deviation(block, inputs: Activations, targets: Activations, position_embeddings: tuple, batch_size: int) -> Tensor:
     """Mean over tokens of the MLP norm's output in 16 bits minus that of the block as it is prepared, fp32 [hidden].
 
     Args:
         block: CalibrationBlock, prepared up to its attention, the scale of its MLP norm still 1; released afterwards.
-        inputs: [nsamples, seqlen, hidden] of the quantized model; targets: of the 16-bit one.
+        inputs: of the quantized model; targets: of the 16-bit one.
     """
     norm = block.norms[block.layout.mlp_norm]
     sums = []
     hook = norm.register_forward_hook(lambda module, args, output: sums.append(output.flatten(0, -2).sum(0)))
-    for batch in inputs.split(batch_size):
+    for _, batch in inputs.consecutive(batch_size):
         block(batch, position_embeddings)
     quantized = torch.stack(sums).sum(0)
     sums.clear()
     block.release()
-    for batch in targets.split(batch_size):
+    for _, batch in targets.consecutive(batch_size):
         block(batch, position_embeddings)
     hook.remove()
-    return (torch.stack(sums).sum(0) - quantized) / inputs[..., 0].numel()
+    return (torch.stack(sums).sum(0) - quantized) / inputs.shape[:2].numel()

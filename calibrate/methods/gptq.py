@@ -42,14 +42,17 @@ def factorize(second_moment: Tensor) -> Factor:
     dead = diagonal <= 0
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     diagonal[dead] = mean
-    damping = DAMPING
+    damping, added = DAMPING, 0.0
     while True:
-        damped = moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        moment.diagonal().add_((damping - added) * mean)
+        factor, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             break
-        damping *= 10
-    return Factor(order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float())
+        damping, added = damping * 10, damping
+    del moment  # the largest linears' are large
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    return Factor(order, torch.linalg.cholesky(inverse, upper=True).float())
 
 
 def compensated_weight(weight: Tensor, bounds: Tensor, factor: Factor, scheme: WeightScheme) -> Tensor:

@@ -10,6 +10,7 @@ from calibrate.errors import UserError
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
+from calibrate.store import Store
 from sliderquant_vllm.format import WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.calibrate.test_pipeline import Losses
@@ -42,10 +43,10 @@ def test_tuning_lowers_the_divergence_and_changes_every_block(tmp_path):
 
 def test_a_diverging_tuning_keeps_what_it_was_given(tmp_path, caplog):
     model = small_model(tmp_path, lr_end_to_end=1e38)
-    states = {}
+    store = Store()
     with caplog.at_level(logging.WARNING):
-        tune(model, states, SAMPLES, lambda loss: None)
-    assert not states and "--lr_end_to_end" in caplog.text
+        tune(model, store, SAMPLES, lambda loss: None)
+    assert not store.states and "--lr_end_to_end" in caplog.text
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):

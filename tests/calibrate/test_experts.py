@@ -15,7 +15,7 @@ from calibrate.experts import counting, token_table
 from calibrate.export import export
 from calibrate.methods import compose
 from calibrate.model import Model
-from calibrate.pipeline import calibrate, finished_block
+from calibrate.pipeline import calibrate
 from sliderquant_vllm.checkpoint import validate_checkpoint
 from sliderquant_vllm.format import ActivationScheme, FormatError, WeightScheme
 from sliderquant_vllm.packing import dequantize, unpack_linear
@@ -145,7 +145,7 @@ def test_an_expert_without_tokens_warns_and_stays_finite(tmp_path, caplog, recip
     assert tokens[3] == 0 and tokens.sum() == 32 * 32
     row = token_table(calibrated.states).splitlines()[2 + 1]
     assert row.startswith("| 1 | 0 | ") and row.endswith("| 3 (0) |")
-    block = finished_block(model, calibrated, 1)
+    block = calibrated.finished_block(model, 1)
     block.prepare(1.0)
     for path in ("mlp.experts.3.gate_proj", "mlp.experts.3.down_proj"):
         linear, in_scale = block.linears[path], block.channel_scales()[path][0]
@@ -167,7 +167,7 @@ def test_an_expert_that_gets_no_gradient_stays_at_its_start(tmp_path):
 def calibrate_and_export(model, output):
     model.check_schemes()
     calibrated = calibrate(model, samples(12), Silent())
-    export(model, calibrated, output, False, {"model": "m", "data_sha256": ""}, 10**6, lambda done: None)
+    export(model, calibrated, output, False, {"model": "m", "data_sha256": ""})
     return calibrated
 
 
@@ -272,7 +272,7 @@ def test_experts_can_stay_in_16_bits(tmp_path):
     model = Model(directory, compose(WeightScheme(3), preset="fast", seqlen=32, ignore=ignore), CPU)
     model.check_schemes()
     calibrated = calibrate(model, samples(), Silent())
-    codes, others = finished_block(model, calibrated, 0).quantized()
+    codes, others = calibrated.finished_block(model, 0).quantized()
     assert set(codes) == {f"self_attn.{part}_proj" for part in "qkvo"}
     assert "mlp.experts.3.up_proj.weight" in others
 

@@ -5,18 +5,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from calibrate.activations import Place
 from calibrate.data import calibration_samples, token_stream
 from calibrate.errors import UserError
 from calibrate.evaluate import perplexity
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated, Pass, _Sweep, calibrate, passes
 from calibrate.recipe import Recipe
+from calibrate.store import Store
 from calibrate.windows import Window
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.helpers import TINY_LLAMA
 
 CPU = torch.device("cpu")
+EVERY = slice(None)
 
 
 class Losses:
@@ -102,17 +105,17 @@ def test_targets_are_the_16_bit_trajectory_and_inputs_the_quantized_one(random_m
     hidden = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)(
         samples, output_hidden_states=True
     ).hidden_states
-    sweep = _Sweep(model, Calibrated(), samples)
+    sweep = _Sweep(model, Store(), samples, Place(CPU))
     sweep.advance(Window(0, 1), Losses())
-    torch.testing.assert_close(sweep.targets, hidden[2], rtol=1e-4, atol=1e-4)
-    assert torch.equal(sweep.inputs, model.embed(samples))
+    torch.testing.assert_close(sweep.targets.read(EVERY), hidden[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(sweep.inputs.read(EVERY), model.embed(samples))
     sweep.advance(Window(1, 1), Losses())
-    torch.testing.assert_close(sweep.targets, hidden[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sweep.targets.read(EVERY), hidden[2], rtol=1e-4, atol=1e-4)
     block = model.block(0)
     block.prepare(1.0)
     expected = block(model.embed(samples), model.position_embeddings(32))
-    torch.testing.assert_close(sweep.inputs, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(sweep.inputs, hidden[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(sweep.inputs.read(EVERY), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sweep.inputs.read(EVERY), hidden[1], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("order", ["outer", "inner"])
@@ -121,10 +124,10 @@ def test_blocks_that_leave_a_window_run_as_they_were_last_optimised(random_model
     prepared = []
     advance = _Sweep.advance
 
-    def recorded(sweep, window, progress):
+    def recorded(sweep, window, *arguments):
         if sweep.first < window.first:
             prepared.append((str(window), sweep.ratio))
-        advance(sweep, window, progress)
+        advance(sweep, window, *arguments)
 
     monkeypatch.setattr(_Sweep, "advance", recorded)
     model = Model(random_model, small_recipe(stage_order=order, epochs=2), CPU)

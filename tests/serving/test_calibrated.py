@@ -52,5 +52,5 @@ def test_served_as_calibrated(in_engine, tmp_path, family, settings, dtype, tole
     finally:
         torch.set_num_threads(threads)
     provenance = {"model": str(source), "data_sha256": ""}
-    export(model, calibrated, tmp_path / "quantized", False, provenance, 10**6, lambda done: None)
+    export(model, calibrated, tmp_path / "quantized", False, provenance)
     assert in_engine(score, tmp_path / "quantized", dtype=dtype).perplexity == pytest.approx(expected, rel=tolerance)

@@ -1,0 +1,182 @@
+"""What a calibration needs of memory, and how it is made to fit what there is."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from calibrate.activations import Place
+from calibrate.errors import UserError
+from calibrate.model import Model
+from calibrate.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+HEADROOM = 0.9  # share of the machine that a run without a given budget takes
+PROCESS = 400 * 10**6  # Python, torch, transformers and a tokenizer
+FP32 = 4
+STREAMS = 3  # inputs, targets, and those of a block that gets its initial values inside a window
+STREAM_DTYPE = torch.bfloat16
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "512 MiB" or "1e9". Raises UserError."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    unit = UNITS.get(match[2].upper()) if match else None
+    try:
+        size = int(float(match[1]) * unit)
+    except (TypeError, ValueError):
+        raise UserError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
+    if size <= 0:
+        raise UserError(f"expected a size above 0, found {text!r}")
+    return size
+
+
+def host_memory(kind: str) -> int:
+    """Bytes of the machine: "MemTotal", or "MemAvailable", which a new process could take without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that a run may take: of the host, all of the process, and of the GPU."""
+
+    host: int
+    device: int
+
+    @classmethod
+    def of(cls, device: torch.device, host: str | None, gpu: str | None) -> Budget:
+        """What was asked for, or most of what the machine has, busy or not: a run that goes on must decide the same.
+
+        Raises UserError.
+        """
+        try:
+            flag = "--max-host-memory"
+            host_bytes = parse_size(host) if host else int(HEADROOM * host_memory("MemTotal"))
+            flag = "--max-gpu-memory"
+            if gpu and device.type != "cuda":
+                raise UserError(f"there is no GPU in use, {device} was chosen; leave it out")
+            gpu_bytes = parse_size(gpu) if gpu else 0
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
+        if device.type == "cuda" and not gpu_bytes:
+            gpu_bytes = int(HEADROOM * torch.cuda.mem_get_info(device)[1])
+        return cls(host_bytes, gpu_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Of one decoder block: weights, largest linear, inputs of the widest one, values that its backward keeps."""
+
+    weights: int
+    largest: int
+    widest: int
+    per_token: int
+
+    @classmethod
+    def of(cls, model: Model, index: int) -> Shapes:
+        layer, layout = model.skeleton.model.layers[index], model.layouts[index]
+        shapes = [layer.get_submodule(path).weight.shape for path in layout.linears]
+        sizes = [shape.numel() for shape in shapes]
+        # What autograd saves between the linears: about the inputs of each, its outputs, and norms or gate in between.
+        hidden = model.config.hidden_size
+        active = [layer.get_submodule(path).weight.shape for path in _active(model, index)]
+        per_token = 6 * hidden + 2 * sum(shape[0] for shape in active) + sum(shape[1] for shape in active)
+        return cls(sum(sizes), max(sizes), max(shape[1] for shape in shapes), per_token)
+
+
+def _active(model: Model, index: int) -> list[str]:
+    """The linears that one token goes through."""
+    layout = model.layouts[index]
+    chosen = getattr(model.config, "num_experts_per_tok", None) or len(layout.mlps)
+    idle = {path for mlp in layout.mlps[chosen:] for path in (mlp.gate, mlp.up, mlp.down)}
+    return [path for path in layout.linears if path not in idle]
+
+
+def window_bytes(shapes: list[Shapes], recipe: Recipe) -> int:
+    """Peak while a window of these blocks is optimised, without the hidden states of the samples."""
+    per_weight = 3  # itself, quantized, rounding error
+    if recipe.has_offset:
+        per_weight += 1
+    if recipe.learns("rounding"):
+        per_weight += 3  # gradient, two moments
+    tokens = recipe.batch_size * recipe.seqlen
+    values = sum(per_weight * each.weights + tokens * each.per_token for each in shapes)
+    return FP32 * (values + 3 * max(each.largest for each in shapes))
+
+
+def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
+    held, moment = 1 + recipe.has_offset, shapes.widest**2
+    tokens = recipe.batch_size * recipe.seqlen
+    forward = (held + 1) * shapes.weights + moment + tokens * shapes.per_token
+    factor = held * shapes.weights + 7 * moment  # fp32, then three in float64
+    search = held * shapes.weights + 2 * moment + 5 * shapes.largest
+    return FP32 * max(forward, factor, search)
+
+
+def stream_bytes(model: Model, recipe: Recipe) -> int:
+    return STREAMS * STREAM_DTYPE.itemsize * recipe.nsamples * recipe.seqlen * model.config.hidden_size
+
+
+def fit(model: Model, budget: Budget, directory: Path) -> Place:
+    """Choose where the hidden states are kept, and shorten the windows of the model's recipe where they do not fit.
+
+    Args:
+        directory: for hidden states on disk.
+
+    Raises:
+        UserError: not even one block fits.
+    """
+    recipe = model.recipe
+    on_gpu = model.device.type == "cuda"
+    limit, taken = (budget.device, 0) if on_gpu else (budget.host, PROCESS)
+    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
+    size = longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
+    while (needed := _peak(shapes, recipe, size)) > limit - taken and size > 1:
+        size -= 1
+    if needed > limit - taken:
+        name = "GPU" if on_gpu else "host"
+        raise UserError(
+            f"--max-{name.lower()}-memory: {limit / 1e9:.2f} GB are too little for one block, which takes about "
+            f"{(needed + taken) / 1e9:.2f} GB; lower --batch_size or --seqlen, choose --preset fast or "
+            "--no-learn_rounding, or allow more"
+        )
+    if size < longest and recipe.epochs and recipe.learns_anything:
+        logger.warning(
+            "%.2f GB hold windows of %d blocks, not of %d: shortened; --max-%s-memory allows more",
+            limit / 1e9,
+            size,
+            longest,
+            "gpu" if on_gpu else "host",
+        )
+        window = min(recipe.window, size)
+        stride = min(recipe.stride, window)
+        shallow, deep = min(recipe.shallow, size), min(recipe.deep, size)
+        model.recipe = replace(recipe, shallow=shallow, deep=deep, window=window, stride=stride)
+    streams = stream_bytes(model, recipe)
+    if streams <= limit - taken - needed:
+        return Place(model.device, "device", dtype=STREAM_DTYPE)
+    if on_gpu and streams <= budget.host - PROCESS:
+        return Place(model.device, "host", dtype=STREAM_DTYPE)
+    return Place(model.device, "disk", directory, dtype=STREAM_DTYPE)
+
+
+def _peak(shapes: list[Shapes], recipe: Recipe, size: int) -> int:
+    """Of any window of so many blocks."""
+    learns = recipe.epochs and recipe.learns_anything
+    needed = [window_bytes(shapes[:1], replace(recipe, learn_rounding=False))]
+    for first in range(max(len(shapes) - size + 1, 1)):
+        inside = shapes[first : first + size]
+        if learns:
+            needed.append(window_bytes(inside, recipe))
+        if recipe.needs_start:
+            held = 3 if recipe.has_offset else 2
+            needed.append(start_bytes(inside[-1], recipe) + FP32 * held * sum(each.weights for each in inside[:-1]))
+    return max(needed)

@@ -1,0 +1,216 @@
+"""What a calibration knows so far: in memory, or in the directory of a run that survives the death of its process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from calibrate.activations import Activations
+from calibrate.errors import UserError
+from sliderquant_vllm.checkpoint import put_in_place
+from sliderquant_vllm.shards import write_shard
+
+State = dict[str, Tensor]
+SAMPLED_VALUES = 64  # of every tensor, in a fingerprint of the weights
+
+
+class Store:
+    """States of the blocks by their index, in memory; nothing survives the process."""
+
+    def __init__(self):
+        self.states: dict[int, State] = {}
+        self.position: dict[str, Any] | None = None
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.states
+
+    def state(self, index: int) -> State | None:
+        return self.states.get(index)
+
+    def put_state(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Keep a copy of a block's state, on the CPU."""
+        self.states[index] = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+    def put_stream(self, name: str, activations: Activations) -> None:
+        """Keep hidden states for whoever goes on after a commit."""
+
+    def load_stream(self, name: str, into: Activations) -> None:
+        raise KeyError(name)
+
+    def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
+        """Forget a block that is written already, but for the tensors of some names; in memory it stays."""
+
+    def commit(self, position: Mapping[str, Any]) -> None:
+        """From here on a run goes on behind this position, with what was put until now."""
+
+
+class RunDirectory(Store):
+    """A directory beside the output that becomes the checkpoint, with a folder of everything needed to go on.
+
+    Files never change once written. ``run.json`` names those that count and is replaced last, so whenever the process
+    dies there is one consistent position to go on from. One process at a time may use it.
+
+    Args:
+        output_dir: of the finished checkpoint.
+        fingerprint: what must be the same for a run to go on: recipe, weights, samples, versions.
+        restart: throw away what an earlier run left.
+
+    Raises:
+        UserError: another process is at work on this output, or an unfinished run had another fingerprint.
+    """
+
+    def __init__(self, output_dir: Path, fingerprint: Mapping[str, Any], restart: bool):
+        super().__init__()
+        self.target = Path(output_dir).resolve()
+        self.directory = self.target.parent / f".{self.target.name}.partial"
+        self.folder = self.directory / "run"
+        self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back
+        self.files: dict[str, str] = {}
+        self.serial = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--output_dir {output_dir}: another calibration is writing there; wait for it, or choose another"
+            ) from None
+        self._resume(restart)
+
+    def _resume(self, restart: bool) -> None:
+        manifest = self.folder / "run.json"
+        kept: dict[str, Any] = {}
+        if manifest.exists() and not restart:
+            try:
+                kept = json.loads(manifest.read_text())
+                before, self.position, self.files = kept["fingerprint"], kept["position"], kept["files"]
+                self.serial = kept["serial"]
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{manifest}: damaged ({error!r}); start over with --restart") from None
+            if changes := differences(before, self.fingerprint):
+                raise UserError(
+                    f"{self.directory}: an unfinished run that was started otherwise: {'; '.join(changes)}. Start it "
+                    "as before to go on with it, or pass --restart to start over"
+                )
+        else:
+            for path in self.directory.iterdir():
+                if path != self.folder:
+                    _remove(path)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete what no committed position needs."""
+        needed = {"run.json", "lock", *self.files.values()} if self.position is not None else {"lock"}
+        for path in self.folder.iterdir():
+            if path.name not in needed:
+                _remove(path)
+        for path in self.directory.glob(".*.partial"):
+            _remove(path)
+
+    def _new_file(self, name: str) -> Path:
+        self.serial += 1
+        self.files[name] = f"{name}-{self.serial}"
+        return self.folder / self.files[name]
+
+    def __contains__(self, index: int) -> bool:
+        return f"block-{index}" in self.files
+
+    def state(self, index: int) -> State | None:
+        file = self.files.get(f"block-{index}")
+        return None if file is None else load_file(self.folder / file)
+
+    def put_state(self, index: int, state: Mapping[str, Tensor]) -> None:
+        write_shard(self._new_file(f"block-{index}"), state)
+
+    def put_stream(self, name: str, activations: Activations) -> None:
+        activations.save(self._new_file(name))
+
+    def load_stream(self, name: str, into: Activations) -> None:
+        into.load(self.folder / self.files[name])
+
+    def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
+        state = self.state(index) if keep else None
+        self.files.pop(f"block-{index}", None)
+        if kept := {name: value for name, value in (state or {}).items() if name.rpartition(".")[2] in keep}:
+            self.put_state(index, kept)
+
+    def commit(self, position: Mapping[str, Any]) -> None:
+        content = {
+            "fingerprint": self.fingerprint,
+            "position": position,
+            "files": self.files,
+            "serial": self.serial,
+        }
+        partial = self.folder / "run.json.partial"
+        with partial.open("w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / "run.json")
+        folder = os.open(self.folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        self.position = dict(position)
+        self._sweep()
+
+    def close(self) -> None:
+        """Let go of the directory; one that holds no position yet is removed."""
+        if self.position is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
+
+    def complete(self, overwrite: bool) -> None:
+        """Turn the directory into the finished checkpoint."""
+        shutil.rmtree(self.folder)
+        put_in_place(self.directory, self.target, overwrite)
+
+
+@contextlib.contextmanager
+def run_directory(output_dir: Path, fingerprint: Mapping[str, Any], restart: bool) -> Iterator[RunDirectory]:
+    """A ``RunDirectory`` for the length of a block, closed afterwards whatever happens."""
+    run = RunDirectory(output_dir, fingerprint, restart)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What changed between two JSON values, one line each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys((*before, *now))
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if before == now else [f"{where} was {json.dumps(before)}, is {json.dumps(now)}"]
+
+
+def weights_fingerprint(reader) -> str:
+    """SHA-256 of names, shapes, dtypes and a sample of the values of every tensor; reads a few pages of each."""
+    digest = hashlib.sha256()
+    for name, header in sorted(reader.headers.items()):
+        values = reader.tensor(name).flatten()
+        sample = values[:: max(len(values) // SAMPLED_VALUES, 1)].contiguous()
+        digest.update(f"{name} {header.shape} {header.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
