@@ -16,6 +16,7 @@ SCHEMES = {
     "ablation": ("W2A16", "W4A4"),
     "sensitivity": ("W2A16", "W4A4"),
 }
+OWN_SAMPLES = ("sliderquant:best",)  # presets that decide how many samples they take
 BASES = ("sliderquant:default", "sliderquant:paper")
 BASE_ROW = "as it is"
 ONLY, UP_TO = "only this block", "the blocks up to this one"
@@ -35,12 +36,15 @@ class Change(NamedTuple):
 
 # One line each: every field of the recipe that is a decision has one.
 CHANGES = (
-    Change("--window 1 --shallow 0 --deep 0"),
+    Change("--window 1 --stride 1 --shallow 0 --deep 0"),
     Change("--shallow 0 --deep 0"),
-    Change("--shallow 0"),
-    Change("--deep 0"),
+    Change("--shallow 4 --deep 1"),
+    Change("--shallow 1 --deep 4"),
+    Change("--shallow 4 --deep 4"),
+    Change("--shallow 4 --deep 4 --stride 1"),
+    Change("--stride 1"),
     Change("--window 4"),
-    Change("--window 4 --stride 2"),
+    Change("--window 4 --stride 4"),
     Change("--stages 1.0"),
     Change("--stages 0.5 1.0"),
     Change("--stages 0.5 1.0 --stage-order *"),
@@ -60,7 +64,8 @@ CHANGES = (
     Change("--correction --learn-shift *", "weights"),
     Change("--epochs 0"),
     Change("--end-to-end-epochs 0"),
-    Change("--end-to-end-epochs 4"),
+    Change("--end-to-end-epochs 3"),
+    Change("--end-to-end-epochs 3 --learn-norms"),
     Change("--batch-size 1"),
     Change("--batch-size 8"),
     Change("--kv-bits *"),
@@ -90,16 +95,18 @@ class Settings:
     device: str = "auto"
 
     def flags(self, model: str, scheme: str, method: str) -> tuple[str, ...]:
-        """Of one calibration; --epochs only where there are windows to spend them on."""
+        """Of one calibration; --epochs where there are windows, --nsamples but for `OWN_SAMPLES`."""
         name, _, preset = method.partition(":")
-        data = ("--dataset", self.calibration, "--nsamples", str(self.nsamples), "--seqlen", str(self.seqlen))
+        data = ("--dataset", self.calibration, "--seqlen", str(self.seqlen))
+        if method not in OWN_SAMPLES:
+            data += ("--nsamples", str(self.nsamples))
         flags = merged(
             ("--model", model, *scheme_flags(scheme), "--method", name),
             ("--preset", preset) if preset else (),
             (*data, "--eval-dataset", self.evaluation),
             () if self.device == "auto" else ("--device", self.device),
         )
-        if self.epochs is not None and recipe_of(flags).epochs:
+        if self.epochs is not None and method not in OWN_SAMPLES and recipe_of(flags).epochs:
             flags = merged(flags, ("--epochs", str(self.epochs)))
         return flags
 

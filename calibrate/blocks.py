@@ -150,8 +150,7 @@ class CalibrationNorm(nn.Module):
     def __init__(self, norm: nn.Module, readers: list[CalibrationLinear], shifted: bool, recipe: Recipe):
         super().__init__()
         self.norm = norm
-        self.prepared = False
-        self.scale: Tensor | None = None
+        self.computed: tuple[Tensor, Tensor | None] | None = None  # gain and shift, behind the channel scale
         self.gain = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
         self.shift = None
         if shifted:
@@ -164,14 +163,15 @@ class CalibrationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.prepared:
-            gain, shift = self.served(self.gain), self.served(self.shift)
+        if self.computed is not None:
+            gain, shift = self.computed
             x = x * gain if shift is None else torch.addcmul(shift, x, gain)
         return x if self._quantizer is None else self._quantizer[0].quantize_input(x)
 
-    def served(self, value: Tensor | None) -> Tensor | None:
-        """What acts on the norm's output, behind the channel scale."""
-        return value if value is None or self.scale is None else value / self.scale
+    def prepare(self, scale: Tensor | None) -> None:
+        """Compute what acts on the norm's output, for the following forward calls."""
+        gain, shift = (value if value is None or scale is None else value / scale for value in (self.gain, self.shift))
+        self.computed = (gain, shift)
 
 
 class CalibrationBlock(nn.Module):
@@ -324,15 +324,31 @@ class CalibrationBlock(nn.Module):
         for path, linear in self.linears.items():
             linear.prepare(*scales[path], ratio if only is None or path in only else 0)
         for path, norm in self.norms.items():
-            norm.scale, norm.prepared = scales[path][1], True
+            norm.prepare(scales[path][1])
         self.layer.self_attn.kv_scheme = self.kv_scheme  # read by calibrate.attention
+
+    def cut(self) -> list[tuple[Tensor, Tensor]]:
+        """Replace all that was prepared by leaves, so that many forward and backward passes share one quantization.
+
+        Returns:
+            What was prepared with a gradient to pass on, and the leaf that now stands for it.
+        """
+        pairs = []
+
+        def leaf(value: Tensor | int | None) -> Tensor | int | None:
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            pairs.append((value, value.detach().requires_grad_()))
+            return pairs[-1][1]
+
+        for part in (*self.linears.values(), *self.norms.values()):
+            part.computed = tuple(map(leaf, part.computed))
+        return pairs
 
     def release(self) -> None:
         """Forget what was prepared: forward calls are in 16 bits again."""
-        for linear in self.linears.values():
-            linear.computed = None
-        for norm in self.norms.values():
-            norm.scale, norm.prepared = None, False
+        for part in (*self.linears.values(), *self.norms.values()):
+            part.computed = None
         self.layer.self_attn.kv_scheme = None
 
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -368,9 +384,10 @@ class CalibrationBlock(nn.Module):
         }
         shifts = {}
         for path, norm in self.norms.items():
-            others[f"{path}.weight"] = norm.norm.weight * norm.served(norm.gain)
-            if norm.shift is not None:
-                shifts |= dict.fromkeys(self.layout.readers[path], norm.served(norm.shift))
+            gain, shift = norm.computed
+            others[f"{path}.weight"] = norm.norm.weight * gain
+            if shift is not None:
+                shifts |= dict.fromkeys(self.layout.readers[path], shift)
         codes = {}
         for path, linear in self.linears.items():
             weight, bias = linear.effective(*scales[path])
@@ -388,7 +405,10 @@ class CalibrationBlock(nn.Module):
 
 
 @torch.no_grad()
-def run_in_place(block: CalibrationBlock, hidden: Activations, position_embeddings: tuple, batch_size: int) -> None:
-    """Replace hidden states by the block's outputs, batch by batch."""
+def run_in_place(block: CalibrationBlock, hidden: Activations, position_embeddings: tuple, batch_size: int = 1) -> None:
+    """Replace hidden states by the block's outputs.
+
+    Sample by sample, unless told otherwise: the last bit of a matrix product depends on its shape.
+    """
     for place, batch in hidden.consecutive(batch_size):
         hidden.write(place.start, block(batch, position_embeddings))

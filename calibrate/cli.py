@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     import transformers
     from rich.console import Console
 
+    from calibrate import parallel
     from calibrate.data import calibration_samples, fingerprint, token_stream
     from calibrate.evaluate import perplexity
     from calibrate.export import Writer, Written
@@ -113,9 +114,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    device = device_named(arguments.device)
+    device = parallel.start(device_named(arguments.device))
+    writes = parallel.rank() == 0
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not writes)
     model = Model(resolve_model(arguments.model), recipe, device)
     model.check_schemes()
     budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
@@ -136,6 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
     }
     same = calibration | {"weights_sha256": weights_fingerprint(model.reader), "device": device.type}
+    same["processes"] = parallel.world()
     with run_directory(arguments.output_dir, same, arguments.restart) as run:
         console.print(
             f"{arguments.model}: {model.blocks} blocks, {arguments.scheme}, {recipe.method}, "
@@ -145,9 +148,13 @@ def run(arguments: argparse.Namespace) -> None:
         writer = Writer(model, run.directory)
         try:
             with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
-                calibrated = calibrate(model, samples, progress, run, writer.block, place)
+                on_finished = writer.block if writes else lambda *_: None
+                calibrated = calibrate(model, samples, progress, run, on_finished, place)
         except torch.OutOfMemoryError:
             raise UserError(f"{device} is out of memory; lower --batch_size, --seqlen or --nsamples") from None
+        parallel.stop()
+        if not writes:
+            return
         if evaluation is not None:
             calibration["perplexity"] = {
                 "dataset": arguments.eval_dataset,

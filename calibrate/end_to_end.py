@@ -14,14 +14,16 @@ from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
 from calibrate.memory import host_memory
 from calibrate.model import Model
-from calibrate.reconstruct import parameter_groups, shuffled
+from calibrate.parallel import Gradients, Share, add_up
+from calibrate.reconstruct import parameter_groups
 from calibrate.store import Store
 
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
-# fp32 values per weight: itself, quantized, its rounding error; with learned rounding offset, gradient, two moments.
-VALUES, VALUES_WITH_ROUNDING = 3, 7
+# fp32 values per weight: itself, quantized, its rounding error, a sum of gradients in float64; with learned rounding
+# offset and two moments, while its gradient replaces the sum.
+VALUES, VALUES_WITH_ROUNDING = 5, 8
 
 
 def check_memory(model: Model) -> None:
@@ -61,17 +63,20 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
     position_embeddings = model.position_embeddings(samples.shape[1])
     head = model.head_module()
     blocks = [model.block(index) for index in range(model.blocks)]
-    inputs = model.activations(samples, Place(model.device))
+    share = Share(len(samples), recipe.batch_size)
+    inputs = model.activations(samples[share.numbers], Place(model.device))
     targets = inputs.clone()
     for block in blocks:
-        run_in_place(block, targets, position_embeddings, recipe.batch_size)
+        run_in_place(block, targets, position_embeddings)
     for index, block in enumerate(blocks):
         if (state := store.state(index)) is not None:
             block.load_state(state)
             block.recenter()
         for norm in block.norms.values():
             norm.gain.requires_grad_(recipe.learns("norms"))
-    optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, recipe.lr_end_to_end), weight_decay=0.0)
+    groups = parameter_groups(blocks, recipe, recipe.lr_end_to_end)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -79,14 +84,22 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
     )
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
     for _ in range(recipe.end_to_end_epochs):
-        for batch in shuffled(len(samples), recipe.batch_size, generator):
-            hidden = inputs.read(batch)
+        for numbers, size in share.shuffled(generator):
             for block in blocks:
                 block.prepare(ratio=1.0)
-                hidden = block(hidden, position_embeddings)
-            with torch.no_grad():
-                teacher = head(targets.read(batch))
-            loss = divergence(head(hidden), teacher).mean()
+            gradients = Gradients(blocks)
+            loss = torch.zeros((), dtype=torch.float64)
+            for number in numbers:
+                sample = slice(number, number + 1)
+                hidden = inputs.read(sample)
+                for block in blocks:
+                    hidden = block(hidden, position_embeddings)
+                with torch.no_grad():
+                    teacher = head(targets.read(sample))
+                error = divergence(head(hidden), teacher).mean() / size
+                error.backward()
+                loss += error.item()
+            add_up(loss)
             if not torch.isfinite(loss):
                 logger.warning(
                     "end to end: the loss became non-finite; keeping what the windows gave; "
@@ -94,9 +107,12 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
                 )
                 return
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            gradients.backward()
             optimizer.step()
             schedule.step()
             on_step(loss.item())
+    if any(not torch.isfinite(value).all() for value in parameters):
+        logger.warning("end to end: the last step gave values that are not finite; keeping what the windows gave")
+        return
     for index, block in enumerate(blocks):
         store.put_state(index, block.state())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from calibrate import parallel
 from calibrate.activations import Place
 from calibrate.errors import UserError
 from calibrate.model import Model
@@ -101,12 +102,12 @@ def _active(model: Model, index: int) -> list[str]:
 
 def window_bytes(shapes: list[Shapes], recipe: Recipe) -> int:
     """Peak while a window of these blocks is optimised, without the hidden states of the samples."""
-    per_weight = 3  # itself, quantized, rounding error
+    per_weight = 5  # itself, quantized, rounding error, a sum of gradients in float64
     if recipe.has_offset:
         per_weight += 1
     if recipe.learns("rounding"):
-        per_weight += 3  # gradient, two moments
-    tokens = recipe.batch_size * recipe.seqlen
+        per_weight += 2  # moments; the gradient replaces the sum
+    tokens = recipe.seqlen
     values = sum(per_weight * each.weights + tokens * each.per_token for each in shapes)
     return FP32 * (values + 3 * max(each.largest for each in shapes))
 
@@ -114,15 +115,17 @@ def window_bytes(shapes: list[Shapes], recipe: Recipe) -> int:
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
     held, moment = 1 + recipe.has_offset, shapes.widest**2
-    tokens = recipe.batch_size * recipe.seqlen
-    forward = (held + 1) * shapes.weights + moment + tokens * shapes.per_token
+    tokens = recipe.seqlen
+    forward = (held + 1) * shapes.weights + 3 * moment + tokens * shapes.per_token
     factor = held * shapes.weights + 7 * moment  # fp32, then three in float64
     search = held * shapes.weights + 2 * moment + 5 * shapes.largest
     return FP32 * max(forward, factor, search)
 
 
 def stream_bytes(model: Model, recipe: Recipe) -> int:
-    return STREAMS * STREAM_DTYPE.itemsize * recipe.nsamples * recipe.seqlen * model.config.hidden_size
+    """Hidden states of one rank's samples."""
+    samples = -(-recipe.nsamples // parallel.world())
+    return STREAMS * STREAM_DTYPE.itemsize * samples * recipe.seqlen * model.config.hidden_size
 
 
 def fit(model: Model, budget: Budget, directory: Path) -> Place:

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from calibrate import parallel
 from calibrate.activations import Activations, Place
 from calibrate.allocation import allocate, sensitivities
 from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import check_memory, tune
 from calibrate.experts import counting
 from calibrate.model import Model
+from calibrate.parallel import Share
 from calibrate.reconstruct import WindowResult, reconstruct
 from calibrate.start import start_block
 from calibrate.store import State, Store
@@ -88,10 +90,10 @@ class _Sweep:
 
     def __init__(self, model: Model, store: Store, samples: Tensor, place: Place):
         self.model, self.store = model, store
-        self.inputs = model.activations(samples, place)
+        self.share = Share(len(samples), model.recipe.batch_size)
+        self.inputs = model.activations(samples[self.share.numbers], place)
         self.targets = self.inputs.clone()
         self.position_embeddings = model.position_embeddings(samples.shape[1])
-        self.batch_size = model.recipe.batch_size
         self.blocks: list[CalibrationBlock] = []
         self.first = 0
         self.ratio = 1.0  # at which the blocks of the window were last optimised
@@ -140,19 +142,21 @@ class _Sweep:
             block, state = self.model.block(index), self.store.state(index)
             starts = state is None and self.model.recipe.needs_start
             if starts:
-                progress.phase(f"starting values of block {index}", 1, -(-len(self.inputs) // self.batch_size))
+                progress.phase(f"starting values of block {index}", 1, -(-len(self.inputs) // self.share.batch_size))
                 if entry is None:
                     entry = self.inputs.clone() if self.blocks else self.inputs
                     for before in self.blocks:
                         self._run(before, entry, self.ratio)
-                start_block(block, entry, self.targets, self.position_embeddings, self.model.recipe)
+                start_block(block, entry, self.targets, self.share, self.position_embeddings, self.model.recipe)
                 progress.step(float("nan"))
                 if index < window.last:
                     entry = entry.clone() if entry is self.inputs else entry
                     self._run(block, entry, ratio=1.0)
                 block.release()
             with counting(None if starts else block.experts):
-                run_in_place(block, self.targets, self.position_embeddings, self.batch_size)
+                run_in_place(block, self.targets, self.position_embeddings)
+            if not starts and block.experts is not None:
+                parallel.add_up(block.experts.tokens)
             if state is None:
                 self.store.put_state(index, block.state())
             else:
@@ -161,7 +165,7 @@ class _Sweep:
 
     def _run(self, block: CalibrationBlock, hidden: Activations, ratio: float) -> None:
         block.prepare(ratio)
-        run_in_place(block, hidden, self.position_embeddings, self.batch_size)
+        run_in_place(block, hidden, self.position_embeddings)
 
 
 @dataclass(slots=True)
@@ -234,6 +238,7 @@ def calibrate(
     model.bits = at.bits
     if recipe.average_bits is not None and not model.bits:
         choose_bits(model, samples, progress)
+        model.bits = parallel.from_first(model.bits)
 
     def leave(index: int, block: CalibrationBlock) -> None:
         if on_finished is not None:
@@ -258,6 +263,7 @@ def calibrate(
                     sweep.restore,
                     sweep.inputs,
                     sweep.targets,
+                    sweep.share,
                     sweep.position_embeddings,
                     recipe,
                     each.ratio,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from torch.nn import functional
 from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock
 from calibrate.errors import UserError
+from calibrate.parallel import Gradients, Share, add_up
 from calibrate.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ def reconstruct(
     restore: Callable[[], None],
     inputs: Activations,
     targets: Activations,
+    share: Share,
     position_embeddings: tuple[Tensor, Tensor],
     recipe: Recipe,
     ratio: float,
@@ -47,6 +51,7 @@ def reconstruct(
         restore: gives the blocks the states back that they have now.
         inputs: as the blocks quantized so far produce them.
         targets: of the 16-bit model behind the window's last block.
+        share: the samples that these are the hidden states of.
         ratio: share of input channels that is quantized.
         on_step: called with the loss of every step.
 
@@ -54,11 +59,13 @@ def reconstruct(
         UserError: the loss stays non-finite however small the learning rate.
     """
     if not any(True for block in blocks for _ in block.learned()):
-        loss = _loss(blocks, inputs, targets, position_embeddings, recipe, ratio)
+        loss = _loss(blocks, inputs, targets, share, position_embeddings, ratio)
         return WindowResult(loss, loss)
     for attempt in range(RETRIES + 1):
         factor = 0.1**attempt
-        result = _optimise(blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step)
+        result = _optimise(
+            blocks, inputs, targets, share, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
+        )
         if result is not None:
             return result
         restore()
@@ -74,27 +81,35 @@ def reconstruct(
 
 
 def _optimise(
-    blocks, inputs, targets, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
+    blocks, inputs, targets, share, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
 ) -> WindowResult | None:
-    groups = parameter_groups(blocks, recipe, factor)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    batches = -(-len(inputs) // recipe.batch_size)
+    optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, factor), weight_decay=0.0)
+    batches = -(-share.samples // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (epochs * batches))
     generator = torch.Generator().manual_seed(seed)
     epoch_losses = []
     for _ in range(epochs):
         losses = []
-        order = shuffled(len(inputs), recipe.batch_size, generator)
-        for hidden, target in zip(inputs.batches(order), targets.batches(order), strict=True):
+        order = share.shuffled(generator)
+        own = [slice(number, number + 1) for numbers, _ in order for number in numbers]
+        samples = zip(inputs.batches(own), targets.batches(own), strict=True)
+        for numbers, size in order:
             for block in blocks:
                 block.prepare(ratio)
-                hidden = block(hidden, position_embeddings)
-            loss = functional.mse_loss(hidden, target)
+            gradients = Gradients(blocks)
+            loss = torch.zeros((), dtype=torch.float64)
+            for hidden, target in itertools.islice(samples, len(numbers)):
+                for block in blocks:
+                    hidden = block(hidden, position_embeddings)
+                error = functional.mse_loss(hidden, target) / size
+                error.backward()
+                loss += error.item()
+            add_up(loss)
             losses.append(loss.item())
-            if not torch.isfinite(loss):
+            if not math.isfinite(losses[-1]):
                 return None
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            gradients.backward()
             optimizer.step()
             schedule.step()
             on_step(losses[-1])
@@ -104,29 +119,19 @@ def _optimise(
     return WindowResult(epoch_losses[0], epoch_losses[-1])
 
 
-def shuffled(samples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """All samples once, in batches of indices int64 [batch_size], the last ones perhaps smaller.
-
-    The sample at place j of a batch is one of those whose index is j modulo the batch size, so that processes that
-    each hold some of these classes have equal work in every batch.
-    """
-    places = [torch.arange(place, samples, batch_size) for place in range(min(batch_size, samples))]
-    orders = [indices[torch.randperm(len(indices), generator=generator)] for indices in places]
-    return [torch.stack([order[step] for order in orders if step < len(order)]) for step in range(len(orders[0]))]
-
-
 @torch.no_grad()
-def _loss(blocks, inputs, targets, position_embeddings, recipe, ratio) -> float:
+def _loss(blocks, inputs, targets, share, position_embeddings, ratio) -> float:
     """The loss over all samples, of blocks that have nothing to learn."""
     for block in blocks:
         block.prepare(ratio)
-    total = 0.0
-    batches = inputs.consecutive(recipe.batch_size), targets.consecutive(recipe.batch_size)
+    total = torch.zeros((), dtype=torch.float64)
+    batches = inputs.consecutive(1), targets.consecutive(1)
     for (_, hidden), (_, target) in zip(*batches, strict=True):
         for block in blocks:
             hidden = block(hidden, position_embeddings)
         total += functional.mse_loss(hidden, target, reduction="sum").item()
-    return total / targets.shape.numel()
+    add_up(total)
+    return total.item() / (share.samples * targets.shape[1:].numel())
 
 
 def parameter_groups(blocks: list[CalibrationBlock], recipe: Recipe, factor: float) -> list[dict]:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from calibrate import parallel
 from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock, CalibrationLinear
 from calibrate.experts import counting, support_starved, warn_starved
@@ -20,6 +21,7 @@ from calibrate.methods.awq import awq_scale
 from calibrate.methods.d2quant import deviation, dual_scale
 from calibrate.methods.gptq import Factor, compensated_weight, factorize
 from calibrate.methods.smoothquant import smoothquant_scale
+from calibrate.parallel import Share
 from calibrate.quantizer import fake_quantize_weight, weight_bounds
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import WeightScheme
@@ -29,7 +31,10 @@ SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 
 @dataclass(slots=True)
 class InputStatistics:
-    """What a linear sees: second moment fp32 [K, K] summed over tokens, largest magnitudes [K], number of tokens."""
+    """What a linear sees: second moment [K, K] summed over tokens, largest magnitudes fp32 [K], number of tokens.
+
+    Samples are added up in float64, so that the sum, rounded to fp32 in the end, does not depend on their order.
+    """
 
     moment: Tensor
     largest: Tensor
@@ -38,18 +43,25 @@ class InputStatistics:
     @classmethod
     def of(cls, linear: CalibrationLinear) -> InputStatistics:
         channels = linear.weight.shape[1]
-        return cls(linear.weight.new_zeros(channels, channels), linear.weight.new_zeros(channels))
+        return cls(linear.weight.new_zeros(channels, channels, dtype=torch.float64), linear.weight.new_zeros(channels))
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        self.moment.addmm_(rows.T, rows)
+        self.moment += rows.T @ rows
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(0))
         self.tokens += len(rows)
 
+    def add_up(self) -> None:
+        """Take in what the other ranks saw, and round."""
+        tokens = torch.tensor(self.tokens)
+        parallel.add_up(self.moment, tokens)
+        parallel.largest(self.largest)
+        self.tokens, self.moment = int(tokens), self.moment.float()
+
 
 def collect(
-    block: CalibrationBlock, paths: list[str], inputs: Activations, position_embeddings: tuple, batch_size: int
+    block: CalibrationBlock, paths: list[str], inputs: Activations, position_embeddings: tuple
 ) -> dict[str, InputStatistics]:
     """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples."""
     found = {path: InputStatistics.of(block.linears[path]) for path in paths}
@@ -59,10 +71,14 @@ def collect(
 
     hooks = [block.linears[path].register_forward_pre_hook(partial(hook, to=found[path])) for path in paths]
     with counting(block.experts):
-        for _, batch in inputs.consecutive(batch_size):
+        for _, batch in inputs.consecutive(1):
             block(batch, position_embeddings)
     for each in hooks:
         each.remove()
+    for statistics in found.values():
+        statistics.add_up()
+    if block.experts is not None:
+        parallel.add_up(block.experts.tokens)
     return found
 
 
@@ -71,6 +87,7 @@ def start_block(
     block: CalibrationBlock,
     inputs: Activations,
     targets: Activations,
+    share: Share,
     position_embeddings: tuple[Tensor, Tensor],
     recipe: Recipe,
 ) -> None:
@@ -79,6 +96,7 @@ def start_block(
     Args:
         inputs: behind the blocks quantized so far.
         targets: the same behind the 16-bit blocks.
+        share: the samples that these are the hidden states of.
     """
     done: list[str] = []
     pairs: dict[str, list[Site]] = {}
@@ -87,14 +105,14 @@ def start_block(
     for sites in _passes(block, pairs):
         if sites[0].pair == "mlp_norm" and block.norms[block.layout.mlp_norm].shift is not None:
             block.prepare(1.0, only=done)
-            shift = deviation(block, inputs, targets, position_embeddings, recipe.batch_size)
+            shift = deviation(block, inputs, targets, position_embeddings, share)
             block.norms[block.layout.mlp_norm].shift.copy_(shift)
         quantized = [site for site in sites if block.linears[site.linears[0]].scheme]
         if not quantized:
             continue
         block.prepare(1.0, only=done)
         readers = [site.linears[0] for site in quantized]
-        found = collect(block, readers, inputs, position_embeddings, recipe.batch_size)
+        found = collect(block, readers, inputs, position_embeddings)
         block.release()
         if block.experts is not None:
             support_starved(block.experts, block.layout, found)

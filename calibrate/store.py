@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from calibrate import parallel
 from calibrate.activations import Activations
 from calibrate.errors import UserError
 from sliderquant_vllm.checkpoint import put_in_place
@@ -59,7 +60,8 @@ class RunDirectory(Store):
     """A directory beside the output that becomes the checkpoint, with a folder of everything needed to go on.
 
     Files never change once written. ``run.json`` names those that count and is replaced last, so whenever the process
-    dies there is one consistent position to go on from. One process at a time may use it.
+    dies there is one consistent position to go on from. One run at a time may use it; of its ranks the first one
+    writes states and position, and each its own hidden states.
 
     Args:
         output_dir: of the finished checkpoint.
@@ -79,14 +81,17 @@ class RunDirectory(Store):
         self.files: dict[str, str] = {}
         self.serial = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--output_dir {output_dir}: another calibration is writing there; wait for it, or choose another"
-            ) from None
-        self._resume(restart)
+        self._leads = parallel.rank() == 0
+        if self._leads:
+            self._lock = (self.folder / "lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"--output_dir {output_dir}: another calibration is writing there; wait for it, or choose another"
+                ) from None
+            self._resume(restart)
+        self.position, self.files, self.serial = parallel.from_first((self.position, self.files, self.serial))
 
     def _resume(self, restart: bool) -> None:
         manifest = self.folder / "run.json"
@@ -131,13 +136,20 @@ class RunDirectory(Store):
         return None if file is None else load_file(self.folder / file)
 
     def put_state(self, index: int, state: Mapping[str, Tensor]) -> None:
-        write_shard(self._new_file(f"block-{index}"), state)
+        path = self._new_file(f"block-{index}")
+        if self._leads:
+            write_shard(path, state)
+        parallel.wait()
 
     def put_stream(self, name: str, activations: Activations) -> None:
-        activations.save(self._new_file(name))
+        for number in range(parallel.world()):
+            path = self._new_file(f"{name}-{number}")
+            if number == parallel.rank():
+                activations.save(path)
+        parallel.wait()
 
     def load_stream(self, name: str, into: Activations) -> None:
-        into.load(self.folder / self.files[name])
+        into.load(self.folder / self.files[f"{name}-{parallel.rank()}"])
 
     def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
         state = self.state(index) if keep else None
@@ -146,9 +158,16 @@ class RunDirectory(Store):
             self.put_state(index, kept)
 
     def commit(self, position: Mapping[str, Any]) -> None:
+        self.position = dict(position)
+        if self._leads:
+            self._write_manifest()
+            self._sweep()
+        parallel.wait()
+
+    def _write_manifest(self) -> None:
         content = {
             "fingerprint": self.fingerprint,
-            "position": position,
+            "position": self.position,
             "files": self.files,
             "serial": self.serial,
         }
@@ -161,14 +180,13 @@ class RunDirectory(Store):
         folder = os.open(self.folder, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-        self.position = dict(position)
-        self._sweep()
 
     def close(self) -> None:
         """Let go of the directory; one that holds no position yet is removed."""
-        if self.position is None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        self._lock.close()
+        if self._leads:
+            if self.position is None:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            self._lock.close()
 
     def complete(self, overwrite: bool) -> None:
         """Turn the directory into the finished checkpoint."""

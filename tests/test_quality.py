@@ -149,7 +149,7 @@ def test_a_cell_is_what_its_command_gives(tmp_path, texts, capsys):
     config = json.loads((tmp_path / "quantized" / "config.json").read_text())
     expected = config["quantization_config"]["calibration"]["perplexity"]
     (figures,) = learned["quality"].values()
-    assert figures["perplexity"] == pytest.approx(expected["quantized"], rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(expected["quantized"], rel=1e-4)  # as written
     assert figures["full_precision"] == pytest.approx(expected["16-bit"], rel=1e-6)
     assert 0 < figures["divergence"] < next(iter(rtn["quality"].values()))["divergence"]
     text = (tmp_path / "quality.md").read_text()

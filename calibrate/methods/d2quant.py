@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calibrate.activations import Activations
 from calibrate.methods import gptq
+from calibrate.parallel import Share, add_up
 from sliderquant_vllm.format import LinearScheme
 
 ROUNDS = 10
@@ -57,7 +58,7 @@ def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Te
 
 
 @torch.no_grad()
-def deviation(block, inputs: Activations, targets: Activations, position_embeddings: tuple, batch_size: int) -> Tensor:
+def deviation(block, inputs: Activations, targets: Activations, position_embeddings: tuple, share: Share) -> Tensor:
     """Mean over tokens of the MLP norm's output in 16 bits minus that of the block as it is prepared, fp32 [hidden].
 
     Args:
@@ -66,13 +67,15 @@ def deviation(block, inputs: Activations, targets: Activations, position_embeddi
     """
     norm = block.norms[block.layout.mlp_norm]
     sums = []
-    hook = norm.register_forward_hook(lambda module, args, output: sums.append(output.flatten(0, -2).sum(0)))
-    for _, batch in inputs.consecutive(batch_size):
+    hook = norm.register_forward_hook(lambda module, args, output: sums.append(output.flatten(0, -2).sum(0).double()))
+    for _, batch in inputs.consecutive(1):
         block(batch, position_embeddings)
     quantized = torch.stack(sums).sum(0)
     sums.clear()
     block.release()
-    for _, batch in targets.consecutive(batch_size):
+    for _, batch in targets.consecutive(1):
         block(batch, position_embeddings)
     hook.remove()
-    return (torch.stack(sums).sum(0) - quantized) / inputs.shape[:2].numel()
+    difference = torch.stack(sums).sum(0) - quantized
+    add_up(difference)
+    return (difference / (share.samples * inputs.shape[1])).float()

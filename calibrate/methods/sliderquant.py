@@ -34,7 +34,7 @@ def settings(scheme: LinearScheme, preset: str = "default") -> dict:
     best = start | learned | {"nsamples": 512, "batch_size": 8, "epochs": 2}
     if scheme.weights.bits > 3:
         return best  # so close to 16 bits that end-to-end tuning was not measured to help
-    end_to_end = {"end_to_end_epochs": 3, "lr_end_to_end": 2.0 if scheme.weights.bits == 2 else 1.0}
+    end_to_end = {"end_to_end_epochs": 3, "lr_end_to_end": 1.3 if scheme.weights.bits == 2 else 1.0}
     return best | end_to_end | {"online_hadamard": True, "learn_norms": True}
 
 

@@ -141,7 +141,7 @@ def test_a_window_with_nothing_to_learn_is_passed_over(random_model):
     progress = Losses()
     calibrated = calibrate(Model(random_model, recipe, CPU), torch.randint(0, 96, (6, 32)), progress)
     first, last = progress.results[0].first_loss, progress.results[0].last_loss
-    assert first == last == pytest.approx(0, abs=1e-9)
+    assert first == last == pytest.approx(0, abs=1e-4)  # targets are kept in bf16
     assert not any(name.endswith("bounds") for name in calibrated.states[0])
     assert any(name.endswith("bounds") for name in calibrated.states[1])
 
