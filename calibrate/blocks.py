@@ -357,14 +357,16 @@ class CalibrationBlock(nn.Module):
             return self.layer(hidden, attention_mask=None, position_embeddings=position_embeddings).float()
 
     @torch.no_grad()
-    def snap_gains(self, dtype: torch.dtype) -> None:
-        """Move the gains of the norms to where the weight that is served is exact in its dtype."""
+    def fold_gains(self, dtype: torch.dtype) -> None:
+        """Move gains and scales of the norms into their weights, as they are served: in this dtype.
+
+        What is quantized then computes with exactly these weights; in 16 bits the block is no longer what it was.
+        """
         scales = self.channel_scales()
         for path, norm in self.norms.items():
-            weight, scale = norm.norm.weight, scales[path][1]
-            scaled = weight if scale is None else weight / scale
-            served = (scaled * norm.gain).to(dtype).float()
-            norm.gain.copy_(torch.where(scaled != 0, served / scaled, norm.gain))
+            scale = torch.ones_like(norm.gain) if scales[path][1] is None else scales[path][1]
+            norm.norm.weight.copy_((norm.norm.weight * (norm.gain / scale)).to(dtype))
+            norm.gain.copy_(scale)
 
     @torch.no_grad()
     def quantized(self) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Tensor]]:

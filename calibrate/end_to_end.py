@@ -74,9 +74,21 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
             block.recenter()
         for norm in block.norms.values():
             norm.gain.requires_grad_(recipe.learns("norms"))
+
+    def backward(sample: slice, size: int) -> float:
+        """One sample's part of a batch's loss, its gradients passed on. No graph outlives this: it holds their sums."""
+        hidden = inputs.read(sample)
+        for block in blocks:
+            hidden = block(hidden, position_embeddings)
+        with torch.no_grad():
+            teacher = head(targets.read(sample))
+        error = divergence(head(hidden), teacher).mean() / size
+        error.backward()
+        return error.item()
+
     groups = parameter_groups(blocks, recipe, recipe.lr_end_to_end)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -90,15 +102,7 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
             gradients = Gradients(blocks)
             loss = torch.zeros((), dtype=torch.float64)
             for number in numbers:
-                sample = slice(number, number + 1)
-                hidden = inputs.read(sample)
-                for block in blocks:
-                    hidden = block(hidden, position_embeddings)
-                with torch.no_grad():
-                    teacher = head(targets.read(sample))
-                error = divergence(head(hidden), teacher).mean() / size
-                error.backward()
-                loss += error.item()
+                loss += backward(slice(number, number + 1), size)
             add_up(loss)
             if not torch.isfinite(loss):
                 logger.warning(
@@ -106,9 +110,9 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
                     "a smaller --lr_end_to_end may help"
                 )
                 return
-            optimizer.zero_grad(set_to_none=True)
             gradients.backward()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             schedule.step()
             on_step(loss.item())
     if any(not torch.isfinite(value).all() for value in parameters):

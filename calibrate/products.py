@@ -2,53 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 
-@contextmanager
-def _onednn() -> Iterator[None]:
+
+class _OneDnn:
     """Let oneDNN compute fp32 products; torch asks it only where bf16 inside would do.
 
     On AVX-512 without AMX oneDNN computes in fp32 all the same, at more than twice the speed of torch's default on some
     CPUs. With AMX it rounds the factors to bf16, as autocast does on a GPU.
     """
-    setting = torch.backends.mkldnn.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+
+    def __enter__(self) -> None:
+        self.before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
+
+    def __exit__(self, *exception) -> None:
+        torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 class _Linear(torch.autograd.Function):
-    """Attention keeps torch's default, hence the setting is local to every product, backward too."""
+    """In fp32, but where a gradient is wanted in bf16 if the CPU has instructions for it, as autocast on a GPU.
+
+    torch's own attention is slower with oneDNN, hence the setting is local to every product, backward too.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, in_bf16):
+        if in_bf16:
+            x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
-        with _onednn():
-            return functional.linear(x, weight, bias)
+        with _OneDnn():
+            product = functional.linear(x, weight).float()
+        return product if bias is None else product + bias
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = None
-        with _onednn():
-            if ctx.needs_input_grad[0]:
-                grad_x = (rows @ weight).view_as(x)
-            if ctx.needs_input_grad[1]:
-                grad_weight = rows.T @ x.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias
+        rows = rows.to(x.dtype)
+        with _OneDnn():
+            if ctx.needs_input_grad[0]:
+                grad_x = (rows @ weight).float().view_as(x)
+            if ctx.needs_input_grad[1]:
+                grad_weight = (rows.T @ x.flatten(0, -2)).float()
+        return grad_x, grad_weight, grad_bias, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear``, on the CPU by oneDNN."""
-    return functional.linear(x, weight, bias) if x.is_cuda else _Linear.apply(x, weight, bias)
+    if x.is_cuda:
+        return functional.linear(x, weight, bias)
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _Linear.apply(x, weight, bias, FAST_BF16 and learns)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``rows.T @ rows``, on the CPU by oneDNN."""
+    with _OneDnn():
+        return rows.T @ rows
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps all probabilities: twice the speed of torch's fused attention on a CPU as long as sequences are short."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        mask = torch.full((query.shape[2], key.shape[2]), -torch.inf, device=query.device).triu_(1)
+        with _OneDnn():
+            scores = query @ key.transpose(-1, -2)
+            probabilities = scores.mul_(scaling).add_(mask).softmax(-1)
+            output = probabilities @ value
+        ctx.save_for_backward(query, key, value, probabilities)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, probabilities = ctx.saved_tensors
+        with _OneDnn():
+            grad_value = probabilities.transpose(-1, -2) @ grad
+            grad_scores = torch._softmax_backward_data(grad @ value.transpose(-1, -2), probabilities, -1, grad.dtype)
+            grad_scores *= ctx.scaling
+            return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, grad_value, None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention in fp32, by oneDNN; [batch, heads, seqlen, head_dim], as many heads of each."""
+    return _Attention.apply(query, key, value, scaling)

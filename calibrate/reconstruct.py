@@ -83,7 +83,7 @@ def reconstruct(
 def _optimise(
     blocks, inputs, targets, share, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
 ) -> WindowResult | None:
-    optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, factor), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, factor), weight_decay=0.0, fused=True)
     batches = -(-share.samples // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (epochs * batches))
     generator = torch.Generator().manual_seed(seed)
@@ -99,24 +99,29 @@ def _optimise(
             gradients = Gradients(blocks)
             loss = torch.zeros((), dtype=torch.float64)
             for hidden, target in itertools.islice(samples, len(numbers)):
-                for block in blocks:
-                    hidden = block(hidden, position_embeddings)
-                error = functional.mse_loss(hidden, target) / size
-                error.backward()
-                loss += error.item()
+                loss += backward(blocks, hidden, target, size, position_embeddings)
             add_up(loss)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 return None
-            optimizer.zero_grad(set_to_none=True)
             gradients.backward()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             schedule.step()
             on_step(losses[-1])
         epoch_losses.append(sum(losses) / len(losses))
     if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
         return None
     return WindowResult(epoch_losses[0], epoch_losses[-1])
+
+
+def backward(blocks, hidden, target, size, position_embeddings) -> float:
+    """One sample's part of a batch's loss, its gradients passed on. No graph outlives this: it holds their sums."""
+    for block in blocks:
+        hidden = block(hidden, position_embeddings)
+    error = functional.mse_loss(hidden, target) / size
+    error.backward()
+    return error.item()
 
 
 @torch.no_grad()

@@ -6,13 +6,15 @@ through what is quantized already. Everything that is found is a function of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from calibrate import parallel
+from calibrate import parallel, products
 from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock, CalibrationLinear
 from calibrate.experts import counting, support_starved, warn_starved
@@ -47,7 +49,7 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        self.moment += rows.T @ rows
+        self.moment += products.gram(rows)
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(0))
         self.tokens += len(rows)
@@ -60,19 +62,30 @@ class InputStatistics:
         self.tokens, self.moment = int(tokens), self.moment.float()
 
 
+class _Collected(Exception):
+    """Ends a forward pass that has shown all that it was to show."""
+
+
 def collect(
     block: CalibrationBlock, paths: list[str], inputs: Activations, position_embeddings: tuple
 ) -> dict[str, InputStatistics]:
     """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples."""
     found = {path: InputStatistics.of(block.linears[path]) for path in paths}
 
-    def hook(linear: CalibrationLinear, args: tuple[Tensor], to: InputStatistics) -> None:
-        to.add(linear.transform_input(*args))
+    missing: set[str] = set()
 
-    hooks = [block.linears[path].register_forward_pre_hook(partial(hook, to=found[path])) for path in paths]
+    def hook(linear: CalibrationLinear, args: tuple[Tensor], path: str) -> None:
+        found[path].add(linear.transform_input(*args))
+        missing.discard(path)
+        if not missing and block.experts is None:  # experts without tokens are never called
+            raise _Collected
+
+    hooks = [block.linears[path].register_forward_pre_hook(partial(hook, path=path)) for path in paths]
     with counting(block.experts):
         for _, batch in inputs.consecutive(1):
-            block(batch, position_embeddings)
+            missing.update(paths)
+            with suppress(_Collected):
+                block(batch, position_embeddings)
     for each in hooks:
         each.remove()
     for statistics in found.values():
@@ -193,7 +206,9 @@ def _nearest(linear: CalibrationLinear, importance: Tensor, recipe: Recipe, weig
     return fake_quantize_weight(weight, bounds, scheme, weight.shape[1])
 
 
-def search_bounds(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
+def search_bounds(
+    weight: Tensor, importance: Tensor, scheme: WeightScheme, shrinks: Sequence[float] = SHRINKS
+) -> Tensor:
     """Of the weight's bounds, shrunk in steps, those with the least squared error weighted by ``importance`` [K].
 
     Returns:
@@ -203,7 +218,7 @@ def search_bounds(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> T
     groups = whole.shape[2]
     best = whole.clone()
     least = torch.full_like(whole[0], torch.inf)
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         bounds = whole * shrink
         error = (fake_quantize_weight(weight, bounds, scheme, weight.shape[1]) - weight).square_().mul_(importance)
         error = error.unflatten(1, (groups, -1)).sum(2)

@@ -33,9 +33,6 @@ class Store:
         self.states: dict[int, State] = {}
         self.position: dict[str, Any] | None = None
 
-    def __contains__(self, index: int) -> bool:
-        return index in self.states
-
     def state(self, index: int) -> State | None:
         return self.states.get(index)
 
@@ -127,9 +124,6 @@ class RunDirectory(Store):
         self.serial += 1
         self.files[name] = f"{name}-{self.serial}"
         return self.folder / self.files[name]
-
-    def __contains__(self, index: int) -> bool:
-        return f"block-{index}" in self.files
 
     def state(self, index: int) -> State | None:
         file = self.files.get(f"block-{index}")

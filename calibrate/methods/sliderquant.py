@@ -12,8 +12,8 @@ def settings(scheme: LinearScheme, preset: str = "default") -> dict:
 
     fast is the start alone: minutes for a 7B model. default adds windows of two blocks that do not overlap: from this
     start the overlaps of the published schedule double the time for little. best spends its steps on more samples and,
-    at 2 and 3 bits, tunes all blocks end to end, the norms too, and transforms the input of down_proj while serving.
-    paper is the published method and its settings.
+    with 16-bit activations, tunes all blocks end to end, the norms too, and transforms the input of down_proj while
+    serving. paper is the published method and its settings.
     """
     if preset == "paper":
         return paper(scheme)
@@ -32,10 +32,12 @@ def settings(scheme: LinearScheme, preset: str = "default") -> dict:
     if preset == "default":
         return start | learned | {"epochs": 10}
     best = start | learned | {"nsamples": 512, "batch_size": 8, "epochs": 2}
+    if quantized_activations:
+        return best
+    tuned = best | {"end_to_end_epochs": 3, "learn_norms": True, "online_hadamard": True}
     if scheme.weights.bits > 3:
-        return best  # so close to 16 bits that end-to-end tuning was not measured to help
-    end_to_end = {"end_to_end_epochs": 3, "lr_end_to_end": 1.3 if scheme.weights.bits == 2 else 1.0}
-    return best | end_to_end | {"online_hadamard": True, "learn_norms": True}
+        return tuned | {"epochs": 1, "end_to_end_epochs": 1}
+    return tuned | {"lr_end_to_end": 1.3 if scheme.weights.bits == 2 else 1.0}
 
 
 def paper(scheme: LinearScheme) -> dict:
