@@ -28,6 +28,7 @@ SENSITIVITY_TOKENS = 8192
 class Progress(Protocol):
     """Where the pipeline reports to. A step counts as ``size`` blocks of one batch."""
 
+    def resume(self, finished: list[Pass]) -> None: ...
     def window(self, number: int, total: int, window: Window, ratio: float, steps: int) -> None: ...
     def phase(self, title: str, steps: int, size: int) -> None: ...
     def step(self, loss: float) -> None: ...
@@ -77,7 +78,7 @@ def passes(recipe, blocks: int) -> list[list[Pass]]:
 
 
 def _finish(block: CalibrationBlock, model: Model) -> None:
-    block.snap_gains(model.dtype)
+    block.fold_gains(model.dtype)
     block.prepare(ratio=1.0)
 
 
@@ -236,6 +237,8 @@ def calibrate(
     at = Position.of(store.position, sweeps)
     calibrated.results = at.results
     model.bits = at.bits
+    finished = [len(sweep) for sweep in sweeps[: at.sweep]] + [at.passes]
+    progress.resume([each for sweep, count in zip(sweeps, finished, strict=False) for each in sweep[:count]])
     if recipe.average_bits is not None and not model.bits:
         choose_bits(model, samples, progress)
         model.bits = parallel.from_first(model.bits)

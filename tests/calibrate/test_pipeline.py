@@ -28,6 +28,9 @@ class Losses:
     def __init__(self):
         self.windows, self.steps, self.results = [], [], []
 
+    def resume(self, finished):
+        assert not finished
+
     def window(self, number, total, window, ratio, steps):
         self.windows.append((number, total, str(window), ratio, steps))
 
