@@ -22,6 +22,7 @@ from sliderquant_vllm.format import GROUP_SIZES, FormatError
 
 SHORT_SCHEMES = ("W4A4", "W4A16", "W3A16", "W2A16")
 EXIT_USAGE = 2
+LOG_FILE = "calibration.jsonl"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action=switch, default=False, help="replace an existing checkpoint")
     parser.add_argument("--max-host-memory", help="such as 16GB; by default most of what the machine has")
     parser.add_argument("--max-gpu-memory", help="such as 80GB; by default most of what the GPU has")
+    parser.add_argument("--dry-run", action=switch, default=False, help="only tell what a run would do, need and take")
     parser.add_argument("--restart", action=switch, default=False, help="start an unfinished run over")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--method", default="sliderquant", help=f"one of {', '.join(METHODS)}")
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     from calibrate.memory import Budget, fit
     from calibrate.model import Model, resolve_model
     from calibrate.pipeline import calibrate
-    from calibrate.report import TerminalProgress
+    from calibrate.progress import RunProgress
     from calibrate.store import run_directory, weights_fingerprint
 
     transformers.logging.set_verbosity_error()
@@ -147,7 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         writer = Writer(model, run.directory)
         try:
-            with TerminalProgress(console, recipe, model.blocks, len(samples)) as progress:
+            log = run.directory / LOG_FILE
+            with RunProgress(console, recipe, model.blocks, len(samples), log) as progress:
                 on_finished = writer.block if writes else lambda *_: None
                 calibrated = calibrate(model, samples, progress, run, on_finished, place)
         except torch.OutOfMemoryError:
@@ -217,7 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As an exception a termination request unwinds through the clean-up of half-written output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        run(parse_arguments(sys.argv[1:] if argv is None else argv))
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.dry_run:
+            from calibrate.plan import dry_run
+
+            return dry_run(arguments)
+        run(arguments)
     except (UserError, FormatError, FileExistsError) as error:
         print(f"calibrate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE

@@ -45,7 +45,7 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Finished |
         seqlen: tokens per window; the first of each is context only.
         calibrated: has the quantized blocks, None for the 16-bit model.
     """
-    windows = _windows(stream, seqlen)
+    windows = text_windows(stream, seqlen)
     hidden = _final_states(model, windows, calibrated)
     total = 0.0
     head = model.head_module()
@@ -61,7 +61,7 @@ def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Finished) -> 
 
     In memory: the states behind the last block of both, fp32 [windows, seqlen, hidden] each on the device.
     """
-    windows = _windows(stream, seqlen)
+    windows = text_windows(stream, seqlen)
     hidden, targets = _final_states(model, windows, calibrated), _final_states(model, windows, None)
     totals = torch.zeros(3, dtype=torch.float64)
     head = model.head_module()
@@ -74,8 +74,8 @@ def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Finished) -> 
     return Comparison(_exp(quantized), _exp(full_precision), apart)
 
 
-def _windows(stream: Tensor, seqlen: int) -> Tensor:
-    """int64 [windows, seqlen]."""
+def text_windows(stream: Tensor, seqlen: int) -> Tensor:
+    """int64 [windows, seqlen] of a stream [T]. Raises UserError where there is not even one."""
     windows = stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)
     if not len(windows):
         raise UserError(f"evaluation text: expected at least {seqlen} tokens, found {len(stream)}; give more text")

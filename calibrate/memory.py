@@ -12,17 +12,19 @@ import torch
 from calibrate import parallel
 from calibrate.activations import Place
 from calibrate.errors import UserError
-from calibrate.model import Model
+from calibrate.model import OUTER_ROWS, Model
 from calibrate.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADROOM = 0.9  # share of the machine that a run without a given budget takes
-PROCESS = 400 * 10**6  # Python, torch, transformers and a tokenizer
+PROCESS = 490 * 10**6  # Python, torch, transformers, a tokenizer and its text
 FP32 = 4
 STREAMS = 3  # inputs, targets, and those of a block that gets its initial values inside a window
 STREAM_DTYPE = torch.bfloat16
+LOGITS = 6  # fp32 copies of a sample's, of teacher and student with their logarithms and gradient
+ROTATED = 20  # bytes per value while rows of an embedding are rotated
 
 
 def parse_size(text: str) -> int:
@@ -87,12 +89,12 @@ class Shapes:
         sizes = [shape.numel() for shape in shapes]
         # What autograd saves between the linears: about the inputs of each, its outputs, and norms or gate in between.
         hidden = model.config.hidden_size
-        active = [layer.get_submodule(path).weight.shape for path in _active(model, index)]
+        active = [layer.get_submodule(path).weight.shape for path in active_linears(model, index)]
         per_token = 6 * hidden + 2 * sum(shape[0] for shape in active) + sum(shape[1] for shape in active)
         return cls(sum(sizes), max(sizes), max(shape[1] for shape in shapes), per_token)
 
 
-def _active(model: Model, index: int) -> list[str]:
+def active_linears(model: Model, index: int) -> list[str]:
     """The linears that one token goes through."""
     layout = model.layouts[index]
     chosen = getattr(model.config, "num_experts_per_tok", None) or len(layout.mlps)
@@ -117,7 +119,7 @@ def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     held, moment = 1 + recipe.has_offset, shapes.widest**2
     tokens = recipe.seqlen
     forward = (held + 1) * shapes.weights + 3 * moment + tokens * shapes.per_token
-    factor = held * shapes.weights + 7 * moment  # fp32, then three in float64
+    factor = held * shapes.weights + 9 * moment  # fp32, then four in float64, of which LAPACK takes one
     search = held * shapes.weights + 2 * moment + 5 * shapes.largest
     return FP32 * max(forward, factor, search)
 
@@ -169,6 +171,25 @@ def fit(model: Model, budget: Budget, directory: Path) -> Place:
     if on_gpu and streams <= budget.host - PROCESS:
         return Place(model.device, "host", dtype=STREAM_DTYPE)
     return Place(model.device, "disk", directory, dtype=STREAM_DTYPE)
+
+
+def expected(model: Model, place: Place) -> Budget:
+    """What a run takes at its peak with the hidden states in this place, after ``fit``."""
+    recipe, hidden = model.recipe, model.config.hidden_size
+    vocabulary = model.config.vocab_size * hidden
+    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
+    needed = _peak(shapes, recipe, max(window.last - window.first + 1 for window in recipe.windows(model.blocks)))
+    streams = stream_bytes(model, recipe)
+    work = needed + streams * (place.kind == "device")
+    if recipe.end_to_end_epochs and recipe.learns_anything:
+        logits = LOGITS * recipe.seqlen * model.config.vocab_size
+        states = 2 * recipe.nsamples * recipe.seqlen * hidden
+        work = max(work, window_bytes(shapes, recipe) + FP32 * (vocabulary + logits + states))
+    rows = min(model.config.vocab_size, OUTER_ROWS)
+    outer = 2 * model.dtype.itemsize * vocabulary + ROTATED * rows * hidden  # itself, as it is written, and a piece
+    if model.device.type == "cuda":
+        return Budget(PROCESS + max(streams * (place.kind == "host"), outer), work)
+    return Budget(PROCESS + max(work, outer), 0)
 
 
 def _peak(shapes: list[Shapes], recipe: Recipe, size: int) -> int:

@@ -68,8 +68,12 @@ WEIGHT_SUFFIXES = (
 )
 
 
-def resolve_model(name: str) -> Path:
-    """The directory of a model named by a directory, a short name or a hub id. Raises UserError if there is none."""
+def resolve_model(name: str, download: bool = True) -> Path:
+    """The directory of a model named by a directory, a short name or a hub id. Raises UserError if there is none.
+
+    Args:
+        download: what the hub has and this machine has not.
+    """
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
@@ -83,12 +87,16 @@ def resolve_model(name: str) -> Path:
                 SHORT_NAMES.get(name.lower(), name),
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"],
                 ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights
+                local_files_only=not download,
             )
         )
     except Exception as error:
+        reason = f"the hub did not give it ({first_line(error)})"
+        if not download:
+            reason = "it was not downloaded before: do that, for example with 'hf download'"
         raise UserError(
-            f"--model {name}: no such directory, and the hub did not give it ({first_line(error)}); name a model "
-            f"directory, a hub id, or one of {', '.join(SHORT_NAMES)}"
+            f"--model {name}: no such directory, and {reason}; name a model directory, a hub id, or one of "
+            f"{', '.join(SHORT_NAMES)}"
         ) from None
 
 
@@ -237,39 +245,61 @@ class Model:
     def schemes(self, index: int) -> dict[str, LinearScheme | None]:
         """Linear -> scheme of one block. Raises FormatError where parts of a fused module disagree."""
         config, layout = self.quantization_config(), self.layouts[index]
-        prefix = f"model.layers.{index}"
+        for disagreement in self._disagreements(index, config):
+            raise disagreement
+        return {path: config.scheme_for(f"model.layers.{index}.{path}") for path in layout.linears}
+
+    def _disagreements(self, index: int, config: QuantizationConfig) -> Iterator[FormatError]:
+        """Of the parts of fused modules of one block."""
+        prefix, layout = f"model.layers.{index}", self.layouts[index]
         for stem in sorted({path.rpartition(".")[0] for path in layout.linears}):
-            for fused in FUSED_MODULES:
-                config.scheme_for_fused(f"{prefix}.{stem}.{fused}")
-        schemes = {path: config.scheme_for(f"{prefix}.{path}") for path in layout.linears}
+            for fused, parts in FUSED_MODULES.items():
+                if f"{stem}.{parts[0]}" not in layout.linears:
+                    continue
+                try:
+                    config.scheme_for_fused(f"{prefix}.{stem}.{fused}")
+                except FormatError as error:
+                    yield error
         for paths in layout.fused_experts:
-            if len(found := {schemes[path]: path for path in paths}) > 1:
+            if len(found := {config.scheme_for(f"{prefix}.{path}"): path for path in paths}) > 1:
                 examples = ", ".join(f"{path}: {scheme or '16-bit'}" for scheme, path in found.items())
-                raise FormatError(
+                yield FormatError(
                     f"{prefix}.{layout.experts}: all experts run as one matrix product and need one scheme, found "
                     f"{examples}; make the patterns of --ignore treat them alike"
                 )
-        return schemes
 
     def check_schemes(self) -> None:
-        """Refuse, before any work, a scheme that some layer's shape cannot have, and patterns that match nothing."""
-        layouts = enumerate(self.layouts)
-        names = [f"model.layers.{index}.{path}" for index, layout in layouts for path in layout.linears]
+        """Refuse, before any work, the first of the ``scheme_problems``."""
+        for problem in self.scheme_problems():
+            raise problem
+
+    def scheme_problems(self) -> Iterator[UserError | FormatError]:
+        """Patterns that match nothing, neighbours that need one scheme and have two, schemes that no shape can have.
+
+        What several blocks have in common comes once.
+        """
+        blocks, config = range(self.blocks), self.quantization_config()
+        names = [f"model.layers.{index}.{path}" for index in blocks for path in self.layouts[index].linears]
         for pattern in self.recipe.ignore:
             if pattern != "lm_head" and not any(matches(pattern, name) for name in names):
-                raise UserError(f"--ignore {pattern}: matches no linear; they are named like {names[0]}")
-        if not any(scheme for index in range(self.blocks) for scheme in self.schemes(index).values()):
-            raise UserError("--ignore: leaves no linear to quantize; name fewer")
-        problems: dict[str, dict[str, None]] = {}
-        for index in range(self.blocks):
-            for path, scheme in self.schemes(index).items():
-                out_features, in_features = self.skeleton.model.layers[index].get_submodule(path).weight.shape
-                if scheme and (problem := scheme.shape_problem(out_features, in_features)):
+                yield UserError(f"--ignore {pattern}: matches no linear; they are named like {names[0]}")
+        if not any(map(config.scheme_for, names)):
+            yield UserError("--ignore: leaves no linear to quantize; name fewer")
+        disagreements: dict[str, FormatError] = {}
+        misshapen: dict[str, dict[str, None]] = {}
+        for index in blocks:
+            for error in self._disagreements(index, config):
+                disagreements.setdefault(re.sub(r"(?<=layers\.|xperts\.)\d+", "*", str(error)), error)
+            for path in self.layouts[index].linears:
+                scheme = config.scheme_for(f"model.layers.{index}.{path}")
+                shape = self.skeleton.model.layers[index].get_submodule(path).weight.shape
+                if scheme and (problem := scheme.shape_problem(*shape)):
                     what = re.sub(r"(?<=\.experts\.)\d+", "*", path)
-                    problems.setdefault(f"{what} ({problem})", {})[str(index)] = None
-        if problems:
-            found = "; ".join(f"{what} in blocks {', '.join(where)}" for what, where in problems.items())
-            raise UserError(
+                    misshapen.setdefault(f"{what} ({problem})", {})[str(index)] = None
+        yield from disagreements.values()
+        if misshapen:
+            found = "; ".join(f"{what} in blocks {', '.join(where)}" for what, where in misshapen.items())
+            yield UserError(
                 f"--group_size {self.recipe.weights.group_size}: {found}; choose another group size, or keep these "
                 "layers in 16 bits with --ignore 're:.*NAME'"
             )

@@ -1,0 +1,315 @@
+"""What a dry run tells is what a run then does, takes and says; and it tells every problem at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calibrate import costs, end_to_end, pipeline
+from calibrate.activations import Place
+from calibrate.cli import main, parse_arguments, recipe_from
+from calibrate.costs import Costs, Counts, Sizes, counts, phases
+from calibrate.layouts import FAMILIES
+from calibrate.memory import host_memory
+from calibrate.model import Model
+from calibrate.plan import (
+    RANKS,
+    duration,
+    kinds,
+    linear_bytes,
+    make_plan,
+    ranges,
+    run_bytes,
+    split_lines,
+    split_problem,
+)
+from calibrate.store import RunDirectory, Store
+from sliderquant_vllm.format import ActivationScheme, LinearScheme, WeightScheme
+from sliderquant_vllm.packing import pack_linear
+from sliderquant_vllm.shards import Reader
+from tests.calibrate.models import write_random_model
+from tests.helpers import TINY_LLAMA
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A random model with a tokenizer."""
+    model = write_random_model(tmp_path / "model", "llama", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_LLAMA / name, model)
+    return model
+
+
+@pytest.fixture
+def roughly(monkeypatch):
+    """Estimates of times are not looked at."""
+    monkeypatch.setattr(costs, "SHORTLY", 1e-3)
+    monkeypatch.setattr(costs, "CAREFULLY", 1e-3)
+
+
+@pytest.fixture
+def argv(tmp_path, source, text_file):
+    flags = {"model": source, "dataset": text_file, "output-dir": tmp_path / "out", "nsamples": 4, "seqlen": 32}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def snapshot(directory) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*")}
+
+
+def test_a_dry_run_writes_nothing_and_reads_no_weights(tmp_path, source, argv, roughly, monkeypatch, capsys):
+    before, read = snapshot(tmp_path), Reader.tensor
+
+    def tensor(reader, name):
+        assert reader.directory != source, f"read {name}"
+        return read(reader, name)
+
+    monkeypatch.setattr(Reader, "tensor", tensor)
+    assert main([*argv, "--w4a16", "--epochs", "2", "--dry-run"]) == 0
+    assert snapshot(tmp_path) == before
+    output = capsys.readouterr().out
+    assert re.search(r"mlp.down_proj +96 x 160 +0-2 +W4A16 asymmetric +8\.\d kB +yes +no +no +no", output)
+    assert "3 windows of 2 epochs, 100% of the input channels: 0 0-1 2" in output
+    assert (
+        "TP 2: mlp.down_proj: a rank's part is [96, 80], and its 80 input channels are not a multiple of 32" in output
+    )
+    assert "on this machine" in output and "all together" in output
+
+
+def test_every_problem_is_told_at_once(tmp_path, argv, roughly, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    flags = ["--w4a16", "--group-size", "64", "--ignore", "nowhere", "re:.*q_proj", "re:.*up_proj"]
+    flags += ["--nsamples", "99999", "--max-host-memory", "1MB", "--dry-run"]
+    assert main([*argv, *flags]) == 2
+    output, errors = capsys.readouterr()
+    lines = errors.strip().splitlines()
+    assert all(line.startswith("calibrate: error: ") for line in lines)
+    for words in (
+        "out exists already; choose another directory, or pass --overwrite",
+        "--ignore nowhere: matches no linear",
+        r"layers\.0\.self_attn\.qkv_proj: its parts run as one matrix product",
+        r"layers\.0\.mlp\.gate_up_proj: its parts run as one matrix product",
+        r"k_proj \(group_size 64 does not divide its 96 .*mlp.down_proj \(group_size 64 does not divide its 160",
+        "--max-host-memory: 0.00 GB are too little for one block",
+        "expected at least 99999 x 32",
+    ):
+        assert sum(bool(re.search(words, line)) for line in lines) == 1, (words, lines)
+    assert len(lines) == 7
+    assert "16-bit" in output and "all together" not in output
+
+
+def test_problems_that_leave_no_plan_are_told_together(tmp_path, capsys):
+    argv = ["--model", str(tmp_path / "nowhere"), "--scheme", "W5A16", "--device", "abacus", "--dry-run"]
+    assert main(argv) == 2
+    output, errors = capsys.readouterr()
+    assert not output and len(errors.strip().splitlines()) == 3
+    assert "found 'W5A16'" in errors and "--device abacus" in errors and "was not downloaded before" in errors
+
+
+def test_too_little_disk_is_a_problem(argv, roughly, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main([*argv, "--w4a16", "--preset", "fast", "--dry-run"]) == 2
+    assert re.search(r"disk of .*: expected \d.* MB, found 1.0 kB; free some space", capsys.readouterr().err)
+
+
+MODELS = {
+    "Llama-2-7B": ("llama", {}),
+    "Llama-3-8B": ("llama", {"intermediate_size": 14336, "num_key_value_heads": 8}),
+    "Qwen2.5-7B": (
+        "qwen2",
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
+    ),
+}
+GROUPS, WHOLE = LinearScheme(WeightScheme(4, 128)), LinearScheme(WeightScheme(4), ActivationScheme(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "expected"),
+    [
+        ("Llama-2-7B", GROUPS, {4: {"down_proj": "128 does not divide its 2752"}, 8: {"down_proj": "its 1376"}}),
+        ("Llama-2-7B", WHOLE, {}),
+        (
+            "Llama-2-7B",
+            replace(WHOLE, hadamard_block_size=128),
+            {4: {"down_proj": "'online_had"}, 8: {"down_proj": ""}},
+        ),
+        ("Llama-3-8B", GROUPS, {}),
+        ("Llama-3-8B", replace(WHOLE, hadamard_block_size=512), {8: {"down_proj": "512 of"}}),
+        ("Qwen2.5-7B", WHOLE, {8: {"q_proj": "28 heads are not a multiple of 8", "o_proj": "28 heads"}}),
+        (
+            "Qwen2.5-7B",
+            GROUPS,
+            {8: {"q_proj": "28 heads", "o_proj": "28 heads", "down_proj": "128 does not divide its 2368"}},
+        ),
+        ("Qwen2.5-7B", None, {8: {"q_proj": "28 heads", "o_proj": "28 heads"}}),
+    ],
+)
+def test_tensor_parallelism_of_known_models(name, scheme, expected):
+    model_type, changes = MODELS[name]
+    config = AutoConfig.for_model(
+        model_type, **{"num_hidden_layers": 1, "vocab_size": 32, "pad_token_id": None} | changes
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    model = SimpleNamespace(config=config, skeleton=skeleton, layouts=[FAMILIES[model_type](config, 0)])
+    rotated = {"mlp.down_proj"}
+    for ranks in RANKS:
+        found = {}
+        for path in model.layouts[0].linears:
+            own = scheme if scheme is None or path in rotated else replace(scheme, hadamard_block_size=None)
+            if problem := split_problem(model, 0, path, own, ranks):
+                found[path.rpartition(".")[2]] = problem
+        assert found.keys() == expected.get(ranks, {}).keys(), ranks
+        for path, words in expected.get(ranks, {}).items():
+            assert words in found[path]
+
+
+def test_linears_with_one_reason_are_told_together(source):
+    model = Model(source, recipe_from(parse_arguments(["--model", "x", "--w4a16", "--seqlen", "8"])), CPU)
+    lines = split_lines(kinds(model))
+    assert lines[0] == "tensor parallelism that can serve it: 1"
+    assert lines[3].startswith(
+        "TP 8: self_attn.q_proj, self_attn.o_proj: its 4 heads are not a multiple of 8; mlp.gate"
+    )
+
+
+def test_heads_that_neither_divide_nor_are_divided(source):
+    model = Model(source, recipe_from(parse_arguments(["--model", "x", "--w4a16", "--seqlen", "8"])), CPU)
+    model.config.num_key_value_heads = 3
+    assert "its 3 heads neither divide 4" in split_problem(model, 0, "self_attn.k_proj", None, 4)
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(3, 32), WeightScheme(2), WeightScheme(8, 64, True)], ids=str)
+def test_bytes_of_a_linear_are_those_that_are_packed(scheme):
+    groups = scheme.groups(192)
+    dtype = torch.float32 if scheme.group_size == -1 else torch.bfloat16
+    zero_point = None if scheme.symmetric else torch.zeros(64, groups, dtype=torch.uint8)
+    packed = pack_linear(
+        torch.zeros(64, 192, dtype=torch.uint8), torch.ones(64, groups, dtype=dtype), zero_point, scheme
+    )
+    assert linear_bytes(LinearScheme(scheme), 64, 192) == sum(tensor.nbytes for tensor in packed.values())
+
+
+WINDOWS = ["--shallow", "2", "--deep", "1", "--window", "2", "--stride", "1", "--epochs", "2"]
+RUNS = {
+    "windows": ["--w4a4", *WINDOWS],
+    "fast": ["--w2a16", "--preset", "fast"],
+    "two sweeps": ["--w4a4", "--preset", "paper", *WINDOWS, "--stages", "0.5", "1"],
+    "start and two sweeps": ["--w4a16", *WINDOWS, "--stages", "0.5", "1"],
+    "end to end": ["--w2a16", *WINDOWS, "--end-to-end-epochs", "2"],
+    "nearest": ["--w4a16", "--method", "rtn"],
+}
+
+
+class Silent:
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_counted_is_what_a_run_does(source, name, monkeypatch):
+    recipe = recipe_from(parse_arguments(["--model", "x", *RUNS[name], "--nsamples", "2", "--seqlen", "8"]))
+    model, found = Model(source, recipe, CPU), Counts()
+
+    def counting(owner, attribute, of):
+        original = getattr(owner, attribute)
+
+        def counted(*args, **kwargs):
+            field, number = of(*args)
+            setattr(found, field, getattr(found, field) + number)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, counted)
+
+    def ran(block, *_):
+        prepared = any(linear.computed is not None for linear in block.linears.values())
+        return ("quantized" if prepared else "plain"), 1
+
+    counting(Model, "block", lambda *_: ("built", 1))
+    counting(pipeline, "start_block", lambda *_: ("started", 1))
+    counting(pipeline, "run_in_place", ran)
+    counting(end_to_end, "run_in_place", ran)
+    counting(Store, "put_state", lambda *_: ("states", 1))
+    counting(Store, "put_stream", lambda *_: ("streams", 1))
+    calibrated = pipeline.calibrate(model, torch.randint(0, 96, (2, 8)), Silent(), on_finished=lambda *_: None)
+    found.epochs = sum(each.epochs * (each.window.last - each.window.first + 1) for each, _ in calibrated.results)
+    found.tuned = recipe.end_to_end_epochs * model.blocks
+    assert found == counts(recipe, model.blocks)
+
+
+def test_times_follow_from_costs_and_counts():
+    ones = Costs(**{each.name: 1.0 for each in fields(Costs)})
+    recipe = recipe_from(parse_arguments(["--model", "x", *RUNS["windows"], "--nsamples", "7", "--batch-size", "3"]))
+    count, sizes = counts(recipe, 5), Sizes(blocks=5, outer=11, stream=13, checkpoint=17)
+    found = phases(ones, recipe, sizes)
+    assert found["windows"] == count.epochs * (7 + 3)  # samples and steps
+    assert found["starting values"] == 5 * (1 + 4 * (1 + 7) + 7)
+    assert found["writing and checking"] == 5 + 11 + 2 * 17
+    assert found.keys().isdisjoint({"end to end", "perplexity", "sensitivities"})
+    further = replace(recipe, average_bits=3.5, end_to_end_epochs=2)
+    more = phases(ones, further, replace(sizes, evaluated=3))
+    assert more["end to end"] == 2 * (5 * (7 + 3) + 4 * 7)
+    assert more["perplexity"] == 2 * (5 * 2 + 3 * (5 + 1))
+    assert phases(replace(ones, sample=2.0), recipe, sizes)["windows"] == count.epochs * (2 * 7 + 3)
+    nearest = recipe_from(parse_arguments(["--model", "x", *RUNS["nearest"]]))
+    assert phases(ones, nearest, sizes).keys() == {"reading and transforming", "writing and checking"}
+
+
+def test_an_estimate_is_about_what_a_run_takes(tmp_path, argv, monkeypatch):
+    """Time within a factor that other work on the machine may make; memory and checkpoint much closer."""
+    monkeypatch.setattr(costs, "CAREFULLY", 0.3)
+    argv = [*argv, "--w4a4", "--nsamples", "16", "--seqlen", "128", "--epochs", "6"]
+    plan = make_plan(parse_arguments(argv))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "calibrate", *argv], stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    with run.stderr:
+        text = run.stderr.read().decode()
+    _, status, usage = os.wait4(run.pid, 0)
+    assert status == 0, text
+    seconds = int(re.search(r"in (\d+) s", text)[1]) + 0.5
+    assert seconds / 2.2 < sum(plan.phases.values()) < seconds * 2.2, (plan.phases, text)
+    assert 0.7 < plan.needs["host memory"][0] / (usage.ru_maxrss * 1024) < 1.3
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert written == pytest.approx(plan.checkpoint, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["fast", "two sweeps", "end to end"])
+def test_disk_of_a_run_is_enough_and_not_much_more(tmp_path, argv, name, monkeypatch):
+    arguments = parse_arguments([*argv, *RUNS[name]])
+    model = Model(arguments.model, recipe_from(arguments), CPU)
+    estimate, sizes = run_bytes(model, Place(CPU), kinds(model)), [0]
+    sweep = RunDirectory._sweep
+
+    def measured(run):
+        sizes.append(sum(path.stat().st_size for path in run.folder.iterdir()))
+        sweep(run)
+
+    monkeypatch.setattr(RunDirectory, "_sweep", measured)
+    assert main([*argv, *RUNS[name]]) == 0
+    small = 40_000 * model.blocks  # headers, gains of norms, run.json
+    assert 0.5 * max(sizes) - small < estimate
+    assert max(sizes) < estimate + small
+
+
+def test_ranges_and_durations():
+    assert [ranges(each) for each in ([], [3], [0, 0, 1, 2, 2, 5, 7, 8])] == ["", "3", "0-2, 5, 7-8"]
+    assert [duration(each) for each in (0.34, 41, 75, 3700)] == ["0.3 s", "41 s", "1 min 15 s", "1 h 1 min"]
+
+
+def test_memory_of_the_machine_is_what_there_is(argv, roughly):
+    assert make_plan(parse_arguments([*argv, "--w4a16", "--preset", "fast"])).needs["host memory"][1] == host_memory(
+        "MemTotal"
+    )
