@@ -15,6 +15,7 @@ from calibrate.errors import UserError
 from calibrate.memory import host_memory
 from calibrate.model import Model
 from calibrate.parallel import Gradients, Share, add_up
+from calibrate.products import rough_gradients
 from calibrate.reconstruct import parameter_groups
 from calibrate.store import Store
 
@@ -49,6 +50,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
+@rough_gradients()
 def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float], None]) -> None:
     """Replace the states of all blocks by tuned ones.
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
+_rough = False  # inside ``rough_gradients``
+
+
+@contextmanager
+def rough_gradients() -> Iterator[None]:
+    """Products that need a gradient run in bf16 meanwhile, where the CPU has instructions for it, as on a GPU."""
+    global _rough
+    before, _rough = _rough, FAST_BF16
+    try:
+        yield
+    finally:
+        _rough = before
 
 
 class _OneDnn:
@@ -24,10 +39,7 @@ class _OneDnn:
 
 
 class _Linear(torch.autograd.Function):
-    """In fp32, but where a gradient is wanted in bf16 if the CPU has instructions for it, as autocast on a GPU.
-
-    torch's own attention is slower with oneDNN, hence the setting is local to every product, backward too.
-    """
+    """torch's own attention is slower with oneDNN, hence the setting is local to every product, backward too."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, in_bf16):
@@ -59,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cuda:
         return functional.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _Linear.apply(x, weight, bias, FAST_BF16 and learns)
+    return _Linear.apply(x, weight, bias, _rough and learns)
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock
 from calibrate.errors import UserError
 from calibrate.parallel import Gradients, Share, add_up
+from calibrate.products import rough_gradients
 from calibrate.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def reconstruct(
     )
 
 
+@rough_gradients()
 def _optimise(
     blocks, inputs, targets, share, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
 ) -> WindowResult | None:
