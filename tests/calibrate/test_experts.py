@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.cells import Silent
 from calibrate.errors import UserError
 from calibrate.experts import counting, token_table
 from calibrate.export import export
@@ -31,13 +32,6 @@ FAMILIES = [
     ("mixtral", {}),
     ("qwen2_moe", {}),
 ]
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def __getattr__(self, name):
-        return lambda *args: None
 
 
 def samples(count: int = 6, seqlen: int = 32) -> torch.Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.cells import Silent
 from calibrate import costs, end_to_end, pipeline
 from calibrate.activations import Place
 from calibrate.cli import main, parse_arguments, recipe_from
@@ -211,11 +212,6 @@ RUNS = {
     "end to end": ["--w2a16", *WINDOWS, "--end-to-end-epochs", "2"],
     "nearest": ["--w4a16", "--method", "rtn"],
 }
-
-
-class Silent:
-    def __getattr__(self, name):
-        return lambda *_: None
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,8 +38,14 @@ def command(tmp_path, text_file):
     return ["--model", str(model), "--dataset", str(text_file), "--nsamples", "4", "--seqlen", "32", "--output-dir"]
 
 
-def in_child(argv, kill_after: float | None = None, file_limit: int | None = None) -> int:
-    """Run the command in a child process; its exit code, negative for a signal."""
+def in_child(
+    argv, kill_after: float | None = None, kill_once: Path | None = None, file_limit: int | None = None
+) -> int:
+    """Run the command in a child process, killed after so many seconds or once a file is there.
+
+    Returns:
+        Its exit code, negative for a signal.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -51,6 +58,13 @@ def in_child(argv, kill_after: float | None = None, file_limit: int | None = Non
             os._exit(code)
     if kill_after is not None:
         time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    if kill_once is not None:
+        while not kill_once.exists():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -69,7 +83,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path, command, name):
     print(f"seed {seed}, {duration:.1f} s")
     moments = random.Random(seed)
     kills = 0
-    while in_child([*command, str(broken), *RUNS[name]], kill_after=moments.uniform(0.05, 0.9) * duration) != 0:
+    while in_child([*command, str(broken), *RUNS[name]], kill_after=moments.uniform(0.05, 0.6) * duration) != 0:
         kills += 1
         assert not broken.exists()
         if kills == 5:
@@ -84,10 +98,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path, command, name):
 def interrupted(command, output, *flags) -> None:
     """Leave a run that has finished at least one window."""
     run = output.parent / f".{output.name}.partial" / "run" / "run.json"
-    wait = 0.2
-    while not run.exists():
-        assert in_child([*command, str(output), *flags], kill_after=wait) == -signal.SIGKILL
-        wait += 0.1
+    assert in_child([*command, str(output), *flags], kill_once=run) == -signal.SIGKILL
 
 
 def test_another_recipe_is_refused_with_the_difference_until_restarted(tmp_path, command, capfd):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cells import Silent
 from calibrate.evaluate import perplexity
 from calibrate.export import export
 from calibrate.methods import compose
@@ -16,14 +17,6 @@ from tests.serving.engine import WINDOW, score, windows
 
 SMALL = {"nsamples": 8, "seqlen": 64, "shallow": 1, "deep": 1}
 LEARN_ALL = {"epochs": 2, "learn_scale": True, "learn_rounding": True, "learn_clip": True, "lora_rank": 2}
-
-
-class Silent:
-    def phase(self, *arguments): ...
-    def phase_done(self): ...
-    def window(self, *arguments): ...
-    def step(self, loss): ...
-    def window_done(self, result): ...
 
 
 @pytest.mark.parametrize(
