@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Index = Tensor | slice
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -50,18 +48,18 @@ class Activations:
     def _sample_bytes(self) -> int:
         return self.place.dtype.itemsize * self.shape[1:].numel()
 
-    def read(self, index: Index) -> Tensor:
-        """Samples on the device, fp32 [len(index), seqlen, hidden]."""
-        return self._delivered(self._staged(index))
+    def read(self, samples: slice) -> Tensor:
+        """Samples on the device, fp32 [samples, seqlen, hidden]."""
+        return self._delivered(self._staged(samples))
 
     def _delivered(self, staged: Tensor) -> Tensor:
         return staged.to(self.place.device, non_blocking=True).float()
 
-    def _staged(self, index: Index) -> Tensor:
+    def _staged(self, samples: slice) -> Tensor:
         """Samples where the copy to the device starts."""
         if self._file is None:
-            return self._data[index.to(self._data.device) if isinstance(index, Tensor) else index]
-        numbers = range(*index.indices(len(self))) if isinstance(index, slice) else index.tolist()
+            return self._data[samples]
+        numbers = range(*samples.indices(len(self)))
         shape, pin = (len(numbers), *self.shape[1:]), self.place.device.type == "cuda"
         values = torch.empty(shape, dtype=self.place.dtype, pin_memory=pin)
         for row, number in zip(values, numbers, strict=True):
@@ -85,15 +83,15 @@ class Activations:
                 raise OSError(f"{self.place.directory}: hidden states kept there can no longer be read")
             buffer, offset = buffer[done:], offset + done
 
-    def batches(self, indices: Iterable[Index]) -> Iterator[Tensor]:
+    def batches(self, places: Iterable[slice]) -> Iterator[Tensor]:
         """``read`` of each, the next one fetched in the background while the last one is used."""
         if self.place.kind == "device":
-            yield from map(self.read, indices)
+            yield from map(self.read, places)
             return
         with ThreadPoolExecutor(1) as background:
             ahead = None
-            for index in indices:
-                current, ahead = ahead, background.submit(self._staged, index)
+            for place in places:
+                current, ahead = ahead, background.submit(self._staged, place)
                 if current is not None:
                     yield self._delivered(current.result())
             if ahead is not None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from calibrate.methods.gptq import BLOCK, Factor, compensated_weight, factorize
 from calibrate.model import Model
 from calibrate.parallel import Gradients
 from calibrate.pipeline import SENSITIVITY_TOKENS, passes
+from calibrate.products import rough_gradients
 from calibrate.quantizer import weight_bounds
 from calibrate.recipe import Recipe
-from calibrate.reconstruct import backward, parameter_groups
+from calibrate.reconstruct import backward, parameter_groups, take_step
 from calibrate.start import SHRINKS, InputStatistics, search_bounds
 from sliderquant_vllm.format import BLOCK_CODES, WeightScheme
 from sliderquant_vllm.shards import WEIGHTS_FILE, write_index, write_shard
@@ -119,13 +121,12 @@ def counts(recipe: Recipe, blocks: int) -> Counts:
             first, end = each.window.first, each.window.last + 1
             found.epochs += each.epochs * (end - first)
             found.states += end - first
-    tunes = recipe.end_to_end_epochs > 0 and recipe.learns_anything
-    if tunes:
+    if recipe.tunes:
         found.tuned = recipe.end_to_end_epochs * blocks
         found.built += blocks
         found.plain += blocks
         found.states += blocks
-    if tunes or not sweeps:
+    if recipe.tunes or not sweeps:
         found.built += blocks
     return found
 
@@ -267,6 +268,7 @@ class _Bench:
         return found
 
     @torch.enable_grad()
+    @rough_gradients()
     def learning(self, block: CalibrationBlock) -> tuple[float, float]:
         """A sample forward and backward, and what else a step takes."""
         if not any(True for _ in block.learned()):
@@ -274,24 +276,16 @@ class _Bench:
         optimizer = torch.optim.AdamW(parameter_groups([block], self.recipe, 1e-3), weight_decay=0.0, fused=True)
         short = self.hidden(SHORT)
 
-        def sample(hidden: Tensor, positions: tuple) -> None:
-            backward([block], hidden, hidden, 1, positions)
+        def sample(hidden: Tensor, positions: tuple) -> float:
+            return backward([block], hidden, hidden, 1, positions)
 
         def attention(x: Tensor) -> None:
             functional.scaled_dot_product_attention(*[x.requires_grad_()] * 3, is_causal=True).sum().backward()
 
-        def step() -> None:
-            block.prepare(1.0)
-            gradients = Gradients([block])
-            sample(*short)
-            gradients.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
         for _, value in block.learned():
             value.grad = torch.zeros_like(value)
         optimizer.step()  # the first one makes the moments
-        whole = self.seconds(step, carefully=True)
+        whole = self.seconds(lambda: take_step([block], 1.0, starmap(sample, [short]), optimizer), carefully=True)
         block.prepare(1.0)
         gradients = Gradients([block])
         rest = max(whole - self.seconds(partial(sample, *short), carefully=True), 0.0)

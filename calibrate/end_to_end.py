@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,9 +15,9 @@ from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
 from calibrate.memory import host_memory
 from calibrate.model import Model
-from calibrate.parallel import Gradients, Share, add_up
+from calibrate.parallel import Share
 from calibrate.products import rough_gradients
-from calibrate.reconstruct import parameter_groups
+from calibrate.reconstruct import parameter_groups, take_step
 from calibrate.store import Store
 
 logger = logging.getLogger(__name__)
@@ -94,29 +95,21 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup) * (1 - step / steps)
+        optimizer, lambda done: min(1, (done + 1) / warmup) * (1 - done / steps)
     )
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
     for _ in range(recipe.end_to_end_epochs):
         for numbers, size in share.shuffled(generator):
-            for block in blocks:
-                block.prepare(ratio=1.0)
-            gradients = Gradients(blocks)
-            loss = torch.zeros((), dtype=torch.float64)
-            for number in numbers:
-                loss += backward(slice(number, number + 1), size)
-            add_up(loss)
-            if not torch.isfinite(loss):
+            errors = (backward(slice(number, number + 1), size) for number in numbers)
+            loss = take_step(blocks, 1.0, errors, optimizer)
+            if not math.isfinite(loss):
                 logger.warning(
                     "end to end: the loss became non-finite; keeping what the windows gave; "
                     "a smaller --lr_end_to_end may help"
                 )
                 return
-            gradients.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            on_step(loss.item())
+            on_step(loss)
     if any(not torch.isfinite(value).all() for value in parameters):
         logger.warning("end to end: the last step gave values that are not finite; keeping what the windows gave")
         return

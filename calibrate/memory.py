@@ -153,7 +153,7 @@ def fit(model: Model, budget: Budget, directory: Path) -> Place:
             f"{(needed + taken) / 1e9:.2f} GB; lower --batch_size or --seqlen, choose --preset fast or "
             "--no-learn_rounding, or allow more"
         )
-    if size < longest and recipe.epochs and recipe.learns_anything:
+    if size < longest and recipe.slides:
         logger.warning(
             "%.2f GB hold windows of %d blocks, not of %d: shortened; --max-%s-memory allows more",
             limit / 1e9,
@@ -181,7 +181,7 @@ def expected(model: Model, place: Place) -> Budget:
     needed = _peak(shapes, recipe, max(window.last - window.first + 1 for window in recipe.windows(model.blocks)))
     streams = stream_bytes(model, recipe)
     work = needed + streams * (place.kind == "device")
-    if recipe.end_to_end_epochs and recipe.learns_anything:
+    if recipe.tunes:
         logits = LOGITS * recipe.seqlen * model.config.vocab_size
         states = 2 * recipe.nsamples * recipe.seqlen * hidden
         work = max(work, window_bytes(shapes, recipe) + FP32 * (vocabulary + logits + states))
@@ -194,11 +194,10 @@ def expected(model: Model, place: Place) -> Budget:
 
 def _peak(shapes: list[Shapes], recipe: Recipe, size: int) -> int:
     """Of any window of so many blocks."""
-    learns = recipe.epochs and recipe.learns_anything
     needed = [window_bytes(shapes[:1], replace(recipe, learn_rounding=False))]
     for first in range(max(len(shapes) - size + 1, 1)):
         inside = shapes[first : first + size]
-        if learns:
+        if recipe.slides:
             needed.append(window_bytes(inside, recipe))
         if recipe.needs_start:
             held = 3 if recipe.has_offset else 2

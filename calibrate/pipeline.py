@@ -68,7 +68,7 @@ class Calibrated:
 
 def passes(recipe, blocks: int) -> list[list[Pass]]:
     """All passes, cut into sweeps; each sweep goes over the model once, from its first block on."""
-    if not (recipe.epochs and recipe.learns_anything):
+    if not recipe.slides:
         return [[Pass(Window(index, index), 1.0, 0) for index in range(blocks)]] if recipe.needs_start else []
     windows = recipe.windows(blocks)
     stages = list(zip(recipe.stages, recipe.stage_epochs(), strict=True))
@@ -228,8 +228,7 @@ def calibrate(
     recipe = model.recipe
     calibrated = Calibrated(store or Store())
     store, place = calibrated.store, place or Place(model.device, dtype=torch.bfloat16)
-    tunes = recipe.end_to_end_epochs > 0 and recipe.learns_anything
-    if tunes:
+    if recipe.tunes:
         check_memory(model)
     sweeps = passes(recipe, model.blocks)
     total = sum(bool(each.epochs) for sweep in sweeps for each in sweep)
@@ -243,16 +242,19 @@ def calibrate(
         choose_bits(model, samples, progress)
         model.bits = parallel.from_first(model.bits)
 
+    def hand_over(index: int, block: CalibrationBlock) -> None:
+        on_finished(index, block)
+        store.drop_state(index, keep=("tokens", "starved") if block.experts is not None else ())
+
     def leave(index: int, block: CalibrationBlock) -> None:
         if on_finished is not None:
             _finish(block, model)
-            on_finished(index, block)
-            store.drop_state(index, keep=("tokens", "starved") if block.experts is not None else ())
+            hand_over(index, block)
 
     for number, sweep_passes in enumerate(sweeps):
         if number < at.sweep:
             continue
-        is_last = number == len(sweeps) - 1 and not tunes
+        is_last = number == len(sweeps) - 1 and not recipe.tunes
         sweep = _Sweep(model, store, samples, place)
         done = at.passes if number == at.sweep else 0
         if done:
@@ -283,12 +285,12 @@ def calibrate(
         if is_last:
             for index, block in enumerate(sweep.blocks, sweep.first):
                 leave(index, block)
-    if tunes and not at.tuned:
+    if recipe.tunes and not at.tuned:
         progress.phase("end to end", recipe.end_to_end_epochs * batches, model.blocks)
         tune(model, store, samples, progress.step)
         progress.phase_done()
         store.commit(Position(len(sweeps), 0, model.bits, at.results, tuned=True).to_dict())
-    if tunes or not sweeps:
+    if on_finished is not None and (recipe.tunes or not sweeps):
         for index in range(model.blocks):
-            leave(index, calibrated.finished_block(model, index))
+            hand_over(index, calibrated.finished_block(model, index))
     return calibrated

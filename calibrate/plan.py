@@ -33,6 +33,7 @@ from calibrate.model import EMBEDDING, HEAD, Model, resolve_model
 from calibrate.pipeline import passes
 from calibrate.quantizer import scale_dtype
 from calibrate.recipe import Recipe
+from calibrate.store import partial_directory
 from sliderquant_vllm.format import FormatError, LinearScheme
 from sliderquant_vllm.packing import expected_tensors
 
@@ -143,9 +144,8 @@ def run_bytes(model: Model, place: Place, linears: list[Kind]) -> int:
             values += recipe.learns("lora") * recipe.lora_rank * (rows + columns)
             states += FP32 * values * len(kind.blocks)
     longest = max((each.window.last - each.window.first + 1 for sweep in sweeps for each in sweep), default=0)
-    tunes = recipe.end_to_end_epochs > 0 and recipe.learns_anything
-    kept = model.blocks if tunes or len(sweeps) > 1 else longest
-    written = max(kept + 2 * longest, 2 * tunes * model.blocks)
+    kept = model.blocks if recipe.tunes or len(sweeps) > 1 else longest
+    written = max(kept + 2 * longest, 2 * recipe.tunes * model.blocks)
     streams = 4 * bool(sweeps) + STREAMS * (place.kind == "disk")
     return written * states // model.blocks + streams * stream_bytes(model, recipe) // STREAMS
 
@@ -203,7 +203,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         place = fit(model, budget, arguments.output_dir.resolve().parent)
         _compare_needs(plan, place, arguments.output_dir.resolve())
     with plan.noting():
-        if model.recipe.end_to_end_epochs and model.recipe.learns_anything:
+        if model.recipe.tunes:
             check_memory(model)
     evaluated = _check_texts(plan, arguments.eval_dataset)
     if place and not misfits:
@@ -219,7 +219,7 @@ def _compare_needs(plan: Plan, place: Place, output: Path) -> None:
     """What a run takes, beside what the machine has."""
     model, peak = plan.model, expected(plan.model, place)
     exists = next(parent for parent in output.parents if parent.exists())
-    unfinished = output.parent / f".{output.name}.partial"
+    unfinished = partial_directory(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     less = "lower --max-host-memory, --seqlen or --nsamples"
     found = [("host memory", peak.host, host_memory("MemTotal"), less)]
@@ -331,7 +331,7 @@ def window_lines(recipe: Recipe, blocks: int) -> list[str]:
             windows = [str(each.window) for each in sweep if (each.ratio, each.epochs) == (ratio, epochs)]
             what = f"{len(windows)} windows of {epochs} epochs, {ratio:.0%} of the input channels"
             lines.append(f"{what if epochs else 'initial values of blocks'}: {' '.join(windows)}")
-    if recipe.end_to_end_epochs and recipe.learns_anything:
+    if recipe.tunes:
         lines.append(f"all blocks end to end: {recipe.end_to_end_epochs} epochs")
     return lines or ["no windows: every weight to nearest"]
 

@@ -35,7 +35,7 @@ class RunProgress:
         self.batches = -(-samples // recipe.batch_size)
         self.tokens = min(recipe.batch_size, samples) * recipe.seqlen  # of a step
         self.work = self._work([each for sweep in passes(recipe, blocks) for each in sweep])
-        if recipe.learns_anything:
+        if recipe.tunes:
             self.work += recipe.end_to_end_epochs * self.batches * blocks
         self.done = self.resumed = self.size = self.steps = 0
         self.console, self.interactive = console, console.is_terminal and not console.quiet

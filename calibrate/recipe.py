@@ -130,6 +130,16 @@ class Recipe:
         return any(map(self.learns, ("scale", "clip", "rounding", "norms", "shift", "lora")))
 
     @property
+    def slides(self) -> bool:
+        """Whether anything is learned in windows."""
+        return self.epochs > 0 and self.learns_anything
+
+    @property
+    def tunes(self) -> bool:
+        """Whether anything is learned end to end."""
+        return self.end_to_end_epochs > 0 and self.learns_anything
+
+    @property
     def has_offset(self) -> bool:
         """Whether weights are rounded to other codes than the nearest ones."""
         return self.learns("rounding") or self.rounding_start == "gptq" or self.dual_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ def _optimise(
 ) -> WindowResult | None:
     optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, factor), weight_decay=0.0, fused=True)
     batches = -(-share.samples // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (epochs * batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / (epochs * batches))
     generator = torch.Generator().manual_seed(seed)
     epoch_losses = []
     for _ in range(epochs):
@@ -96,25 +96,37 @@ def _optimise(
         own = [slice(number, number + 1) for numbers, _ in order for number in numbers]
         samples = zip(inputs.batches(own), targets.batches(own), strict=True)
         for numbers, size in order:
-            for block in blocks:
-                block.prepare(ratio)
-            gradients = Gradients(blocks)
-            loss = torch.zeros((), dtype=torch.float64)
-            for hidden, target in itertools.islice(samples, len(numbers)):
-                loss += backward(blocks, hidden, target, size, position_embeddings)
-            add_up(loss)
-            losses.append(loss.item())
+            batch = itertools.islice(samples, len(numbers))
+            errors = (backward(blocks, *sample, size, position_embeddings) for sample in batch)
+            losses.append(take_step(blocks, ratio, errors, optimizer))
             if not math.isfinite(losses[-1]):
                 return None
-            gradients.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             schedule.step()
             on_step(losses[-1])
         epoch_losses.append(sum(losses) / len(losses))
     if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
         return None
     return WindowResult(epoch_losses[0], epoch_losses[-1])
+
+
+def take_step(
+    blocks: list[CalibrationBlock], ratio: float, errors: Iterable[float], optimizer: torch.optim.Optimizer
+) -> float:
+    """One step of the optimiser on all ranks, left out where the loss is not finite; the loss.
+
+    Args:
+        errors: parts of the loss, each computed when it is asked for, behind ``prepare``, and passed back by then.
+    """
+    for block in blocks:
+        block.prepare(ratio)
+    gradients = Gradients(blocks)
+    loss = torch.tensor(sum(errors), dtype=torch.float64)
+    add_up(loss)
+    if torch.isfinite(loss):
+        gradients.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def backward(blocks, hidden, target, size, position_embeddings) -> float:

@@ -53,6 +53,11 @@ class Store:
         """From here on a run goes on behind this position, with what was put until now."""
 
 
+def partial_directory(output: Path) -> Path:
+    """Where a run that is to become this directory keeps what it has."""
+    return output.parent / f".{output.name}.partial"
+
+
 class RunDirectory(Store):
     """A directory beside the output that becomes the checkpoint, with a folder of everything needed to go on.
 
@@ -72,7 +77,7 @@ class RunDirectory(Store):
     def __init__(self, output_dir: Path, fingerprint: Mapping[str, Any], restart: bool):
         super().__init__()
         self.target = Path(output_dir).resolve()
-        self.directory = self.target.parent / f".{self.target.name}.partial"
+        self.directory = partial_directory(self.target)
         self.folder = self.directory / "run"
         self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back
         self.files: dict[str, str] = {}
