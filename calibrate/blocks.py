@@ -5,10 +5,11 @@ Attention, rotary embedding and activation stay the library's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from calibrate import products
 from calibrate.activations import Activations
@@ -327,22 +328,26 @@ class CalibrationBlock(nn.Module):
             norm.prepare(scales[path][1])
         self.layer.self_attn.kv_scheme = self.kv_scheme  # read by calibrate.attention
 
-    def cut(self) -> list[tuple[Tensor, Tensor]]:
+    def cut(self) -> list[tuple[GradientEdge, Tensor]]:
         """Replace all that was prepared by leaves, so that many forward and backward passes share one quantization.
 
         Returns:
-            What was prepared with a gradient to pass on, and the leaf that now stands for it.
+            Where what was prepared takes its gradient, and the leaf that now stands for it.
         """
         pairs = []
 
-        def leaf(value: Tensor | int | None) -> Tensor | int | None:
+        def leaf(value: Tensor | int | None, change: Callable[[Tensor], Tensor] = lambda value: value):
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
-            pairs.append((value, value.detach().requires_grad_()))
+            pairs.append((get_gradient_edge(value), change(value.detach()).requires_grad_()))
             return pairs[-1][1]
 
-        for part in (*self.linears.values(), *self.norms.values()):
-            part.computed = tuple(map(leaf, part.computed))
+        for linear in self.linears.values():
+            weight, *rest = linear.computed
+            weight = leaf(weight, products.factor) if linear.product is products.linear else leaf(weight)
+            linear.computed = (weight, *map(leaf, rest))
+        for norm in self.norms.values():
+            norm.computed = tuple(map(leaf, norm.computed))
         return pairs
 
     def release(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from calibrate.activations import Place
 from calibrate.blocks import run_in_place
 from calibrate.errors import UserError
-from calibrate.memory import host_memory
+from calibrate.memory import host_memory, learning_bytes
 from calibrate.model import Model
 from calibrate.parallel import Share
 from calibrate.products import rough_gradients
@@ -23,16 +23,13 @@ from calibrate.store import Store
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
-# fp32 values per weight: itself, quantized, its rounding error, a sum of gradients in float64; with learned rounding
-# offset and two moments, while its gradient replaces the sum.
-VALUES, VALUES_WITH_ROUNDING = 5, 8
 
 
 def check_memory(model: Model) -> None:
     """Refuse, before any work, a model whose blocks do not fit together. Raises UserError with what would."""
     state = model.skeleton.state_dict()
     weights = sum(value.numel() for name, value in state.items() if name.startswith("model.layers."))
-    needed = 4 * weights * (VALUES_WITH_ROUNDING if model.recipe.learns("rounding") else VALUES)
+    needed = learning_bytes(model.recipe) * weights
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
     else:

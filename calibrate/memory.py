@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from calibrate import parallel
+from calibrate import parallel, products
 from calibrate.activations import Place
 from calibrate.errors import UserError
 from calibrate.model import OUTER_ROWS, Model
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADROOM = 0.9  # share of the machine that a run without a given budget takes
 PROCESS = 490 * 10**6  # Python, torch, transformers, a tokenizer and its text
-FP32 = 4
+FP16, FP32, FP64 = 2, 4, 8
 STREAMS = 3  # inputs, targets, and those of a block that gets its initial values inside a window
 STREAM_DTYPE = torch.bfloat16
 LOGITS = 6  # fp32 copies of a sample's, of teacher and student with their logarithms and gradient
@@ -102,16 +102,22 @@ def active_linears(model: Model, index: int) -> list[str]:
     return [path for path in layout.linears if path not in idle]
 
 
+def learning_bytes(recipe: Recipe) -> int:
+    """Per weight of a block that learns."""
+    quantized = FP16 if products.FAST_BF16 else FP32
+    held = FP32 + quantized + FP16 + FP64  # itself, quantized, its rounding error, a sum of gradients
+    if recipe.has_offset:
+        held += FP32
+    if recipe.learns("rounding"):
+        held += 2 * FP32  # moments; the gradient replaces the sum
+    return held
+
+
 def window_bytes(shapes: list[Shapes], recipe: Recipe) -> int:
     """Peak while a window of these blocks is optimised, without the hidden states of the samples."""
-    per_weight = 5  # itself, quantized, rounding error, a sum of gradients in float64
-    if recipe.has_offset:
-        per_weight += 1
-    if recipe.learns("rounding"):
-        per_weight += 2  # moments; the gradient replaces the sum
-    tokens = recipe.seqlen
-    values = sum(per_weight * each.weights + tokens * each.per_token for each in shapes)
-    return FP32 * (values + 3 * max(each.largest for each in shapes))
+    weights = sum(each.weights for each in shapes)
+    values = recipe.seqlen * sum(each.per_token for each in shapes) + 3 * max(each.largest for each in shapes)
+    return learning_bytes(recipe) * weights + FP32 * values
 
 
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:

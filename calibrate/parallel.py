@@ -122,9 +122,9 @@ class Gradients:
     def backward(self) -> None:
         """Pass the sums on to the parameters behind what was prepared; to be called once."""
         while self.pairs:
-            (prepared, _), total = self.pairs.pop(), self.sums.pop()
+            (edge, _), total = self.pairs.pop(), self.sums.pop()
             add_up(total)
-            torch.autograd.backward(prepared, total.float(), retain_graph=bool(self.pairs))
+            torch.autograd.backward(edge, total.float(), retain_graph=bool(self.pairs))
 
 
 def _add_to(total: Tensor, leaf: Tensor) -> None:

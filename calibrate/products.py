@@ -43,9 +43,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, in_bf16):
+        dtype = weight.dtype
         if in_bf16:
             x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
+        ctx.weight_dtype = dtype
         with _OneDnn():
             product = functional.linear(x, weight).float()
         return product if bias is None else product + bias
@@ -62,12 +64,17 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = (rows @ weight).float().view_as(x)
             if ctx.needs_input_grad[1]:
-                grad_weight = (rows.T @ x.flatten(0, -2)).float()
+                grad_weight = (rows.T @ x.flatten(0, -2)).to(ctx.weight_dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
+def factor(weight: Tensor) -> Tensor:
+    """A weight in the dtype of products that need a gradient: rounded once for all of them."""
+    return weight.bfloat16() if _rough or weight.is_cuda else weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``functional.linear``, on the CPU by oneDNN."""
+    """``functional.linear`` of fp32 x, on the CPU by oneDNN; with a weight from ``factor`` only as it says there."""
     if x.is_cuda:
         return functional.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

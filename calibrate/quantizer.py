@@ -64,7 +64,7 @@ def quantize_weight(weight: Tensor, bounds: Tensor, scheme: WeightScheme) -> tup
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """Keeps one tensor of the weight's size for backward: code minus real-valued position.
+    """Keeps one fp16 tensor of the weight's size for backward: code minus real-valued position, as far as one step.
 
     It tells inside from outside, since rounding moves no value by more than half a step. Inside, the gradient
     passes straight through; codes at a bound follow that bound; the rest moves the bounds by its rounding error (as
@@ -81,7 +81,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             quantized[:, channels:] = weight[:, channels:]
             error.flatten(1)[:, channels:] = 0
         ctx.scheme = scheme
-        ctx.save_for_backward(error, bounds, scale, zero_point)
+        ctx.save_for_backward(error.clamp_(-1, 1).half(), bounds, scale, zero_point)
         return quantized
 
     @staticmethod

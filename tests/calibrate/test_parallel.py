@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from calibrate import parallel
 from calibrate.parallel import Gradients, Share
@@ -52,7 +53,7 @@ class Toy:
 
     def cut(self):
         self.leaves = [value.detach().requires_grad_() for value in self.prepared]
-        return list(zip(self.prepared, self.leaves, strict=True))
+        return list(zip(map(get_gradient_edge, self.prepared), self.leaves, strict=True))
 
 
 def test_gradients_of_samples_add_up_and_reach_the_parameters():

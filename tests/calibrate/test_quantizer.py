@@ -61,7 +61,7 @@ def test_gradients_equal_those_of_plain_autograd(scheme, ratio):
         output = function(weight, bounds, scheme, channels)
         gradients.append((output.detach(), *torch.autograd.grad(output, (weight, bounds), upstream)))
     for ours, reference in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=2e-3)  # rounding errors are kept in fp16
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
