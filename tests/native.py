@@ -61,4 +61,5 @@ def check_close(y: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, d
     assert y.dtype == dtype and y.shape == exact.shape, case
     assert torch.all((y.double() - exact).abs() <= bound), (case, relative_error(y, exact))
     if y.numel() > 500 and dtype == torch.bfloat16:
-        assert relative_error(y, exact) < 2e-3, case
+        # Evenly spread rounding errors of results just above a power of two: 2^-8 / sqrt(3).
+        assert relative_error(y, exact) < 2.3e-3, case

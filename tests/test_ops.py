@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
 
 import pytest
 import torch
@@ -15,10 +13,11 @@ from benchmarks.common import relative_error
 from sliderquant_vllm import ops
 from sliderquant_vllm.format import HADAMARD_BLOCK_SIZES
 from sliderquant_vllm.packing import pack_codes
-from tests.native import LIBRARY, check_close, integer_weight, random_weight
+from tests.native import check_close, integer_weight, random_weight
+
+pytestmark = pytest.mark.usefixtures("threads")
 
 BITS = (2, 3, 4, 8)
-ISAS = ("portable", "avx512")
 TOKENS = (0, 1, 2, 3, 7, 16, 17, 33, 64, 100)
 # (N, K, group_size): ragged N, one group and many, fewer input channels than a chunk and more.
 SHAPES = (
@@ -33,28 +32,6 @@ SHAPES = (
     (96, 1056, 32),
     (32, 4096, 128),
 )
-
-
-def select_isa(name: str) -> bool:
-    ops.load()
-    return ctypes.CDLL(str(LIBRARY)).sliderquant_select_isa(name.encode()) == 0
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if not select_isa(request.param):
-        pytest.skip(f"this machine cannot run the {request.param} kernels")
-    yield request.param
-    assert select_isa(os.environ.get("SLIDERQUANT_ISA", ""))
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test asks for more: on a busy machine two wait for each other ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -111,6 +88,20 @@ def test_wna16_gemm_keeps_fp16_overflow_infinite(isa):
     for m in (1, 8):
         y = ops.wna16_gemm(x[:m], packed, weight.scale, None, None, 4, -1)
         assert torch.all(y == float("inf"))
+
+
+@pytest.mark.parametrize("m", [1, 5, 30])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_wna16_gemm_with_scales_far_apart(isa, symmetric, m):
+    weight = random_weight(40, 768, 4, 32, symmetric)
+    exponents = torch.tensor([0, 15, 15, -15, 3, -37, -126, 0, 30, 0, -2, 60] * 2)
+    weight.scale *= torch.exp2(exponents.float())[:, None]
+    weight.scale[4, ::3] = 0
+    weight.scale[9] = 0
+    x = torch.randn(m, 768).bfloat16()
+    y = ops.wna16_gemm(x, ops.repack(weight.packed, 4), weight.scale, weight.zero, None, 4, 32)
+    exact, magnitude = x.double() @ weight.dense.T, x.double().abs() @ weight.dense.abs().T
+    check_close(y, exact, magnitude, torch.bfloat16, m)
 
 
 @pytest.mark.parametrize("m", [1, 33, 300])

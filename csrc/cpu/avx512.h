@@ -22,8 +22,12 @@ static_assert(kBlockTokens * kTiles + kTiles + 1 <= 32, "a block of tokens must 
 // Tokens that share one expansion of the weights; their sums of one panel take 32 KB.
 constexpr int kSuperTokens = 256;
 
-// Ahead of the stream of weights: hardware prefetchers stop at each 4 KB page.
-constexpr int kPrefetchBytes = 2048;
+// Panels that meet a chunk of the activations while that is in L2, beside their sums.
+constexpr int kSharingPanels = 8;
+
+// Ahead of the stream of weights: hardware prefetchers stop at each 4 KB page, and one core keeps a memory of 40 GB/s
+// and 100 ns busy only with more than 4 KB under way. Measured best from 12 KB on.
+constexpr int kPrefetchBytes = 16384;
 
 // f.operator()<0>(), f.operator()<1>(), ... Loops over arrays of registers must be unrolled like this: unrolled by the
 // optimizer, they come too late for it to keep the array out of memory.
@@ -40,6 +44,39 @@ SLIDERQUANT_INLINE inline void prefetch_period(const uint32_t* w) {
   unroll<layout::period_words(Bits) * kTiles>([&]<int D>() SLIDERQUANT_INLINE {
     _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64 * D, _MM_HINT_T0);
   });
+}
+
+// Words that will be expanded next, fetched while the present ones are multiplied.
+struct Ahead {
+  const uint32_t *words, *end;
+  SLIDERQUANT_INLINE void prefetch() {
+    if (words >= end) return;
+    unroll<4>([&]<int I>() SLIDERQUANT_INLINE { _mm_prefetch(words + 16 * I, _MM_HINT_T1); });
+    words += 64;
+  }
+};
+
+// The words of a panel from input channel k on, which begins a period.
+template <int Bits>
+const uint32_t* chunk_words(const uint32_t* w, int64_t in_features, int64_t panel, int64_t k) {
+  return w + layout::word_index(Bits, in_features, panel * layout::kPanelRows, k / layout::period_codes(Bits), 0);
+}
+
+// What comes after a chunk where the panels [begin, end) take turns: the same chunk of the next panel, the next chunk
+// of the first panel, or the first chunk of the panel behind them.
+template <int Bits>
+Ahead chunk_after(const uint32_t* w, int64_t in_features, int64_t begin, int64_t panel, int64_t end, int64_t k,
+                  int64_t chunk) {
+  if (++panel == end) {
+    k += chunk;
+    panel = begin;
+  }
+  if (k == in_features) {
+    k = 0;
+    panel = end;
+  }
+  const uint32_t* words = chunk_words<Bits>(w, in_features, panel, k);
+  return {words, words + layout::row_words(Bits, chunk) * layout::kPanelRows};
 }
 
 // Lanes of the 16 channels from n on that exist.

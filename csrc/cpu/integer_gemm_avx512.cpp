@@ -23,6 +23,8 @@ namespace {
 constexpr int kChunk = 1024;  // input channels per expansion: 32 * 1024 bytes, two thirds of a 48 KB L1
 static_assert(kChunk % layout::kBlockCodes == 0, "a chunk must hold whole periods of every width");
 
+constexpr int kQuadsPerTurn = 4;
+static_assert(layout::kBlockCodes / 4 % kQuadsPerTurn == 0, "a chunk must be whole turns");
 
 // Calls emit.template operator()<q>(quad) for each four k of one period of one register's 16 channels; words are the
 // period's words of the first of them.
@@ -157,21 +159,25 @@ void direct_panel(const IntegerGemm& a, int64_t panel) {
 // sums[m, 32] += (expanded quads of a chunk, [quads, 32]) . codes, for Tokens tokens whose packed codes are
 // [quads, Tokens].
 template <int Tokens>
-void block_chunk(const uint32_t* expanded, int64_t quads, const uint32_t* codes, int32_t* sums) {
+void block_chunk(const uint32_t* expanded, int64_t quads, const uint32_t* codes, int32_t* sums, Ahead& ahead) {
   __m512i sum[Tokens][kTiles];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
     sum[M][0] = _mm512_load_si512(sums + M * layout::kPanelRows);
     sum[M][1] = _mm512_load_si512(sums + M * layout::kPanelRows + layout::kVectorRows);
   });
-  for (int64_t q = 0; q < quads; ++q) {
-    const __m512i w0 = _mm512_load_si512(expanded), w1 = _mm512_load_si512(expanded + layout::kVectorRows);
-    unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-      const __m512i quad = _mm512_set1_epi32(static_cast<int32_t>(codes[M]));
-      sum[M][0] = _mm512_dpbusd_epi32(sum[M][0], quad, w0);
-      sum[M][1] = _mm512_dpbusd_epi32(sum[M][1], quad, w1);
+  for (int64_t q = 0; q < quads; q += kQuadsPerTurn) {
+    unroll<kQuadsPerTurn>([&]<int Q>() SLIDERQUANT_INLINE {
+      const uint32_t* w = expanded + Q * layout::kPanelRows;
+      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + layout::kVectorRows);
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const __m512i quad = _mm512_set1_epi32(static_cast<int32_t>(codes[Q * Tokens + M]));
+        sum[M][0] = _mm512_dpbusd_epi32(sum[M][0], quad, w0);
+        sum[M][1] = _mm512_dpbusd_epi32(sum[M][1], quad, w1);
+      });
     });
-    expanded += layout::kPanelRows;
-    codes += Tokens;
+    ahead.prefetch();
+    expanded += kQuadsPerTurn * layout::kPanelRows;
+    codes += kQuadsPerTurn * Tokens;
   }
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
     _mm512_store_si512(sums + M * layout::kPanelRows, sum[M][0]);
@@ -187,56 +193,75 @@ BlockChunk block_chunk_of(int64_t tokens, std::integer_sequence<int, Tokens...>)
   return table[tokens - 1];
 }
 
-// A panel for up to kSuperTokens tokens.
+// Expands the codes of a chunk of a panel to [quads of k, 32].
 template <int Bits>
-void block_panel(const IntegerGemm& a, const uint32_t* blocks, int64_t panel, uint32_t* expanded, int32_t* sums) {
+void expand_chunk(const uint32_t* w, int64_t chunk, uint32_t* expanded) {
   const Expand<Bits> expand;
-  const int64_t n0 = panel * layout::kPanelRows;
-  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i quad) SLIDERQUANT_INLINE {
+        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, quad);
+      });
+    });
+    w += layout::period_words(Bits) * layout::kPanelRows;
+    expanded += Expand<Bits>::kQuads * layout::kPanelRows;
+  }
+}
 
-  std::fill(sums, sums + a.m * layout::kPanelRows, 0);
+// Up to kSharingPanels panels, for up to kSuperTokens tokens.
+template <int Bits>
+void block_panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, int64_t end, uint32_t* expanded,
+                  int32_t* sums) {
+  const int64_t panel_sums = a.m * layout::kPanelRows;
+  std::fill(sums, sums + (end - begin) * panel_sums, 0);
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
-    uint32_t* to = expanded;
-    for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i quad) SLIDERQUANT_INLINE {
-          _mm512_store_si512(to + Q * layout::kPanelRows + T * layout::kVectorRows, quad);
-        });
-      });
-      prefetch_period<Bits>(w);
-      w += layout::period_words(Bits) * layout::kPanelRows;
-      to += Expand<Bits>::kQuads * layout::kPanelRows;
-    }
-    for (int64_t block = 0; block < block_count(a.m); ++block) {
-      const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
-      block_chunk_of(count, std::make_integer_sequence<int, kBlockTokens>{})(
-          expanded, chunk / 4, blocks + (m * a.k + k0 * count) / 4, sums + m * layout::kPanelRows);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      expand_chunk<Bits>(chunk_words<Bits>(a.w, a.k, panel, k0), chunk, expanded);
+      Ahead ahead = chunk_after<Bits>(a.w, a.k, begin, panel, end, k0, chunk);
+      for (int64_t block = 0; block < block_count(a.m); ++block) {
+        const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+        block_chunk_of(count, std::make_integer_sequence<int, kBlockTokens>{})(
+            expanded, chunk / 4, blocks + (k0 * a.m + m * chunk) / 4,
+            sums + (panel - begin) * panel_sums + m * layout::kPanelRows, ahead);
+      }
     }
   }
-  for (int t = 0; t < kTiles; ++t) {
-    const Columns columns = load_columns(a, n0 + 16 * t);
-    for (int64_t m = 0; m < a.m; ++m) {
-      store_row(a, columns, m, n0 + 16 * t,
-                _mm512_load_si512(sums + m * layout::kPanelRows + t * layout::kVectorRows));
+  Columns columns[kSharingPanels * kTiles];
+  const int64_t registers = (end - begin) * kTiles;
+  for (int64_t i = 0; i < registers; ++i) {
+    columns[i] = load_columns(a, begin * layout::kPanelRows + i * layout::kVectorRows);
+  }
+  for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
+    for (int64_t i = 0; i < registers; ++i) {
+      const int32_t* sum = sums + i / kTiles * panel_sums + i % kTiles * layout::kVectorRows;
+      store_row(a, columns[i], m, begin * layout::kPanelRows + i * layout::kVectorRows, _mm512_load_si512(sum));
+    }
+  }
+}
+
+template <int Bits>
+void direct_panels(const IntegerGemm& a, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    switch (a.m) {
+      case 1: direct_panel<Bits, 1>(a, panel); break;
+      case 2: direct_panel<Bits, 2>(a, panel); break;
+      case 3: direct_panel<Bits, 3>(a, panel); break;
+      default: direct_panel<Bits, kDirectTokens>(a, panel);
     }
   }
 }
 
 template <int Bits>
 void panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, int64_t end) {
+  if (a.m <= kDirectTokens) return direct_panels<Bits>(a, begin, end);
   thread_local Scratch scratch;
   constexpr int64_t kExpanded = kChunk / 4 * layout::kPanelRows;
-  auto* expanded = scratch.get<uint32_t>(kExpanded + kSuperTokens * layout::kPanelRows);
+  const int64_t sharing = std::min<int64_t>(kSharingPanels, end - begin);
+  auto* expanded = scratch.get<uint32_t>(kExpanded + sharing * a.m * layout::kPanelRows);
   auto* sums = reinterpret_cast<int32_t*>(expanded + kExpanded);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    switch (a.m) {
-      case 1: direct_panel<Bits, 1>(a, panel); break;
-      case 2: direct_panel<Bits, 2>(a, panel); break;
-      case 3: direct_panel<Bits, 3>(a, panel); break;
-      case kDirectTokens: direct_panel<Bits, kDirectTokens>(a, panel); break;
-      default: block_panel<Bits>(a, blocks, panel, expanded, sums);
-    }
+  for (; begin < end; begin += sharing) {
+    block_panels<Bits>(a, blocks, begin, std::min(begin + sharing, end), expanded, sums);
   }
 }
 
@@ -251,14 +276,16 @@ Panels panels_of(int bits) {
   }
 }
 
-// Packs the codes of the tokens [begin, end) as [quad of k][tokens].
-void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* packed) {
-  constexpr int64_t kRun = 256;  // a run of quads of all tokens stays in L1 while it is written
-  for (int64_t q0 = 0; q0 < a.k / 4; q0 += kRun) {
-    const int64_t q1 = std::min(q0 + kRun, a.k / 4);
-    for (int64_t m = begin; m < end; ++m) {
-      for (int64_t q = q0; q < q1; ++q) {
-        __builtin_memcpy(packed + q * (end - begin) + m - begin, a.codes + m * a.k + 4 * q, sizeof(uint32_t));
+// Packs the codes of the tokens [begin, end), which are a block, into [chunks of k][blocks of tokens][quad of k][token].
+void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
+  const int64_t count = end - begin;
+  for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
+    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
+    uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 4;
+    for (int64_t m = 0; m < count; ++m) {
+      const uint8_t* row = a.codes + (begin + m) * a.k + k0;
+      for (int64_t q = 0; q < chunk / 4; ++q) {
+        __builtin_memcpy(packed + q * count + m, row + 4 * q, sizeof(uint32_t));
       }
     }
   }
@@ -272,8 +299,7 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
     blocks = pack.get<uint32_t>(a.m * a.k / 4);
     parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t m = block_begin(a.m, block);
-        pack_block(a, m, block_begin(a.m, block + 1), blocks + m * a.k / 4);
+        pack_block(a, block_begin(a.m, block), block_begin(a.m, block + 1), blocks);
       }
     });
   }

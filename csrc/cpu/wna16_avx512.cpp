@@ -22,6 +22,12 @@ namespace {
 constexpr int kChunk = 512;  // input channels per expansion: 32 * 512 * 2 bytes, two thirds of a 48 KB L1
 static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
 
+// Few turns per group, or the processor would mispredict their end.
+constexpr int kPairsPerTurn = 4;
+static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be whole turns");
+
+constexpr float kFarScale = 1 << 20;  // a scale this many times another one: sums are not converted between the two
+
 constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
 
 // A table of bf16 integers for vpermw, which takes the low five bits of each 16-bit lane as index: repeated, so that
@@ -103,14 +109,20 @@ struct Activations {
   const uint16_t* rows;    // few tokens: [terms][m, k], rows row_stride apart
   int64_t row_stride;
   int64_t term_stride;
-  const uint32_t* blocks;  // more tokens: block after block, each [pair of k][terms][tokens of the block]
-  const float* group_sum;  // [m, groups], null when symmetric
+  const uint32_t* blocks;  // more tokens: [chunks of k][blocks of tokens][pair of k][terms][token]
+  const float* group_sum;  // [blocks of tokens][group][token], null when symmetric
 };
 
-// Scale and correction of one group of one half panel.
+// Of one group of one half panel.
 struct GroupScale {
   __m512 scale;
-  __m512 correction;  // scale * (2^(bits-1) - zero)
+  __m512 zero;  // 2^(bits-1) - zero point, in steps of the scale
+};
+
+// Of one group of a panel.
+struct BlockScale {
+  __m512 scale[kTiles], zero[kTiles];
+  __m512 to_next[kTiles];  // scale / scale of the next group
 };
 
 SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64_t n, __mmask16 mask) {
@@ -118,7 +130,7 @@ SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64
   if (a.zero != nullptr) {
     const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, a.zero + g * a.n + n));
     const __m512i centred = _mm512_sub_epi32(_mm512_set1_epi32(1 << (a.bits - 1)), zero);
-    result.correction = _mm512_mul_ps(result.scale, _mm512_cvtepi32_ps(centred));
+    result.zero = _mm512_cvtepi32_ps(centred);
   }
   return result;
 }
@@ -186,10 +198,8 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
       unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
         __m512 total = sum[M][T][0];
         unroll<kChains - 1>([&]<int U>() SLIDERQUANT_INLINE { total = _mm512_add_ps(total, sum[M][T][U + 1]); });
+        if (a.zero != nullptr) total = _mm512_fmadd_ps(s.zero, _mm512_set1_ps(x.group_sum[g * Tokens + M]), total);
         y[M][T] = _mm512_fmadd_ps(s.scale, total, y[M][T]);
-        if (a.zero != nullptr) {
-          y[M][T] = _mm512_fmadd_ps(s.correction, _mm512_set1_ps(x.group_sum[M * groups + g]), y[M][T]);
-        }
       });
     });
   }
@@ -198,109 +208,161 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
   });
 }
 
-// sums[m, 32] += scale * (expanded pairs of one group's part of a chunk, [pairs, 32]) . x, for Tokens tokens whose
-// packed x is [pairs, Terms, Tokens].
+// sums[m, 32] += what a run of groups, expanded to [groups, pairs of k, 32], gives for Tokens tokens, whose packed x is
+// [groups, pairs of k, Terms, Tokens]. The sum of a group becomes one in units of the next group's scale, so that it
+// never leaves its registers.
 template <int Terms, int Tokens>
-void block_group(const uint32_t* expanded, int64_t pairs, const uint32_t* x, const GroupScale* s,
-                 const float* group_sum, int64_t group_sum_stride, float* sums) {
+void block_run(const uint32_t* expanded, int64_t groups, int64_t pairs, const uint32_t* x, const BlockScale* scales,
+               const float* group_sum, float* sums, Ahead& ahead) {
   __m512 sum[Tokens][kTiles];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { sum[M][0] = sum[M][1] = _mm512_setzero_ps(); });
-  for (int64_t q = 0; q < pairs; ++q) {
-    const __m512i w0 = _mm512_load_si512(expanded), w1 = _mm512_load_si512(expanded + layout::kVectorRows);
-    unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
-      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-        const __m512i pair = _mm512_set1_epi32(static_cast<int32_t>(x[Term * Tokens + M]));
-        sum[M][0] = dot(sum[M][0], w0, pair);
-        sum[M][1] = dot(sum[M][1], w1, pair);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t q = 0; q < pairs; q += kPairsPerTurn) {
+      unroll<kPairsPerTurn>([&]<int Q>() SLIDERQUANT_INLINE {
+        const uint32_t* w = expanded + Q * layout::kPanelRows;
+        const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + layout::kVectorRows);
+        unroll<Terms * Tokens>([&]<int I>() SLIDERQUANT_INLINE {
+          const __m512i pair = _mm512_set1_epi32(static_cast<int32_t>(x[Q * Terms * Tokens + I]));
+          sum[I % Tokens][0] = dot(sum[I % Tokens][0], w0, pair);
+          sum[I % Tokens][1] = dot(sum[I % Tokens][1], w1, pair);
+        });
       });
+      ahead.prefetch();
+      expanded += kPairsPerTurn * layout::kPanelRows;
+      x += kPairsPerTurn * Terms * Tokens;
+    }
+    const BlockScale& s = scales[g];
+    if (group_sum != nullptr) {
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const __m512 x_sum = _mm512_set1_ps(group_sum[g * Tokens + M]);
+        sum[M][0] = _mm512_fmadd_ps(s.zero[0], x_sum, sum[M][0]);
+        sum[M][1] = _mm512_fmadd_ps(s.zero[1], x_sum, sum[M][1]);
+      });
+    }
+    if (g + 1 == groups) break;
+    unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+      sum[M][0] = _mm512_mul_ps(sum[M][0], s.to_next[0]);
+      sum[M][1] = _mm512_mul_ps(sum[M][1], s.to_next[1]);
     });
-    expanded += layout::kPanelRows;
-    x += Terms * Tokens;
   }
-  const GroupScale scales[kTiles] = {s[0], s[1]};  // in registers: the stores below might change s
+  const __m512 scale[kTiles] = {scales[groups - 1].scale[0], scales[groups - 1].scale[1]};
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
       float* into = sums + M * layout::kPanelRows + T * layout::kVectorRows;
-      __m512 total = _mm512_fmadd_ps(scales[T].scale, sum[M][T], _mm512_load_ps(into));
-      if (group_sum != nullptr) {
-        total = _mm512_fmadd_ps(scales[T].correction, _mm512_set1_ps(group_sum[M * group_sum_stride]), total);
-      }
-      _mm512_store_ps(into, total);
+      _mm512_store_ps(into, _mm512_fmadd_ps(scale[T], sum[M][T], _mm512_load_ps(into)));
     });
   });
 }
 
-using BlockGroup = decltype(&block_group<1, 1>);
+using BlockRun = decltype(&block_run<1, 1>);
 
 template <int Terms, int... Tokens>
-BlockGroup block_group_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
-  static constexpr BlockGroup table[] = {block_group<Terms, Tokens + 1>...};
+BlockRun block_run_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
+  static constexpr BlockRun table[] = {block_run<Terms, Tokens + 1>...};
   return table[tokens - 1];
 }
 
-// A panel for up to kSuperTokens tokens.
-template <int Bits, int Terms>
-void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Expand<Bits>& expand, uint32_t* expanded,
-                 float* sums) {
-  constexpr int kPairs = Expand<Bits>::kPairs;
-  const int64_t groups = a.k / a.group;
-  const int64_t n0 = panel * layout::kPanelRows;
-  const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + 16, a.n)};
-  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+// Loads the scales of the groups [first, first + count) of a panel. Returns where runs end: bit i is set where group
+// i + 1 is the first of a run, because its scale is too far from that of group i to count in its units.
+uint32_t load_block_scales(const Wna16& a, int64_t first, int64_t count, int64_t n0, BlockScale* scales) {
+  uint32_t ends = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    prefetch_scale(a, first + i + kScalePrefetch, n0);
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t n = n0 + t * layout::kVectorRows;
+      const GroupScale s = load_scale(a, first + i, n, tail_mask(n, a.n));
+      scales[i].scale[t] = s.scale;
+      scales[i].zero[t] = s.zero;
+      if (i == 0) continue;
+      const __m512 ratio = _mm512_div_ps(scales[i - 1].scale[t], s.scale);
+      scales[i - 1].to_next[t] = ratio;
+      const __mmask16 low = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(1 / kFarScale), _CMP_NGE_UQ);
+      const __mmask16 high = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(kFarScale), _CMP_NLE_UQ);
+      if (((low | high) & tail_mask(n, a.n)) != 0) ends |= 1u << (i - 1);
+    }
+  }
+  return ends;
+}
 
-  std::fill(sums, sums + a.m * layout::kPanelRows, 0.0f);
+// Expands the codes of a chunk of a panel to [pairs of k, 32].
+template <int Bits>
+void expand_chunk(const uint32_t* w, int64_t chunk, const Expand<Bits>& expand, uint32_t* expanded) {
+  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+      });
+    });
+    w += layout::period_words(Bits) * layout::kPanelRows;
+    expanded += Expand<Bits>::kPairs * layout::kPanelRows;
+  }
+}
+
+// Up to kSharingPanels panels, for up to kSuperTokens tokens.
+template <int Bits, int Terms>
+void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end, const Expand<Bits>& expand,
+                  uint32_t* expanded, float* sums) {
+  const int64_t groups = a.k / a.group, panel_sums = a.m * layout::kPanelRows;
+  BlockScale scales[kChunk / layout::kBlockCodes];
+  std::fill(sums, sums + (end - begin) * panel_sums, 0.0f);
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
-    uint32_t* to = expanded;
-    for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
-          _mm512_store_si512(to + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
-        });
-      });
-      prefetch_period<Bits>(w);
-      w += layout::period_words(Bits) * layout::kPanelRows;
-      to += kPairs * layout::kPanelRows;
-    }
     // A group longer than the chunk (per channel) is applied in parts: the scale is the same, and only the first part
     // carries the correction.
-    const int64_t part = std::min(a.group, chunk);
-    for (int64_t k = 0; k < chunk; k += part) {
-      const int64_t g = (k0 + k) / a.group;
-      prefetch_scale(a, g + kScalePrefetch, n0);
-      const GroupScale s[kTiles] = {load_scale(a, g, n0, mask[0]), load_scale(a, g, n0 + 16, mask[1])};
-      const bool first = (k0 + k) % a.group == 0;
+    const int64_t part = std::min(a.group, chunk), parts = chunk / part, g0 = k0 / a.group;
+    const bool corrects = a.zero != nullptr && k0 % a.group == 0;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t n0 = panel * layout::kPanelRows;
+      expand_chunk<Bits>(chunk_words<Bits>(a.w, a.k, panel, k0), chunk, expand, expanded);
+      Ahead ahead = chunk_after<Bits>(a.w, a.k, begin, panel, end, k0, chunk);
+      const uint32_t ends = load_block_scales(a, g0, parts, n0, scales);
       for (int64_t block = 0; block < block_count(a.m); ++block) {
         const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
-        const float* group_sum = a.zero != nullptr && first ? x.group_sum + m * groups + g : nullptr;
-        block_group_of<Terms>(count, std::make_integer_sequence<int, kBlockTokens>{})(
-            expanded + k / 2 * layout::kPanelRows, part / 2,
-            x.blocks + (m * a.k + (k0 + k) * count) / 2 * Terms, s, group_sum, groups, sums + m * layout::kPanelRows);
+        const BlockRun run = block_run_of<Terms>(count, std::make_integer_sequence<int, kBlockTokens>{});
+        const uint32_t* x_block = x.blocks + (k0 * a.m + m * chunk) / 2 * Terms;
+        for (int64_t first = 0, last; first < parts; first = last + 1) {
+          for (last = first; last + 1 < parts && (ends >> last & 1) == 0;) ++last;
+          run(expanded + first * part / 2 * layout::kPanelRows, last + 1 - first, part / 2,
+              x_block + first * part / 2 * count * Terms, scales + first,
+              corrects ? x.group_sum + m * groups + (g0 + first) * count : nullptr,
+              sums + (panel - begin) * panel_sums + m * layout::kPanelRows, ahead);
+        }
       }
     }
   }
-  for (int64_t m = 0; m < a.m; ++m) {
-    for (int t = 0; t < kTiles; ++t) {
-      store_row(a, m, n0 + 16 * t, _mm512_load_ps(sums + m * layout::kPanelRows + t * layout::kVectorRows));
+  for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const float* sum = sums + (panel - begin) * panel_sums;
+      store_row(a, m, panel * layout::kPanelRows, _mm512_load_ps(sum));
+      store_row(a, m, panel * layout::kPanelRows + layout::kVectorRows, _mm512_load_ps(sum + layout::kVectorRows));
     }
   }
 }
 
 template <int Bits, int Terms>
-void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  constexpr int64_t kExpanded = kChunk / 2 * layout::kPanelRows;
-  auto* expanded = scratch.get<uint32_t>(kExpanded + kSuperTokens * layout::kPanelRows);
-  auto* sums = reinterpret_cast<float*>(expanded + kExpanded);
+void direct_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
   const Expand<Bits> expand;
   for (int64_t panel = begin; panel < end; ++panel) {
     switch (a.m) {
       case 1: direct_panel<Bits, Terms, 1>(a, x, panel, expand); break;
       case 2: direct_panel<Bits, Terms, 2>(a, x, panel, expand); break;
       case 3: direct_panel<Bits, Terms, 3>(a, x, panel, expand); break;
-      case kDirectTokens: direct_panel<Bits, Terms, kDirectTokens>(a, x, panel, expand); break;
-      default: block_panel<Bits, Terms>(a, x, panel, expand, expanded, sums);
+      default: direct_panel<Bits, Terms, kDirectTokens>(a, x, panel, expand);
     }
+  }
+}
+
+template <int Bits, int Terms>
+void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
+  if (a.m <= kDirectTokens) return direct_panels<Bits, Terms>(a, x, begin, end);
+  thread_local Scratch scratch;
+  constexpr int64_t kExpanded = kChunk / 2 * layout::kPanelRows;
+  const int64_t sharing = std::min<int64_t>(kSharingPanels, end - begin);
+  auto* expanded = scratch.get<uint32_t>(kExpanded + sharing * a.m * layout::kPanelRows);
+  auto* sums = reinterpret_cast<float*>(expanded + kExpanded);
+  const Expand<Bits> expand;
+  for (; begin < end; begin += sharing) {
+    block_panels<Bits, Terms>(a, x, begin, std::min(begin + sharing, end), expand, expanded, sums);
   }
 }
 
@@ -318,24 +380,25 @@ void split_row(const uint16_t* x, int64_t k_count, uint16_t* high, uint16_t* low
   }
 }
 
-// Packs the rows of one block of tokens, [terms][count, k], as [pair of k][terms][count].
-void pack_block(const uint16_t* const* terms, int term_count, int64_t count, int64_t row_stride, int64_t k_count,
-                uint32_t* packed) {
-  constexpr int64_t kRun = 256;  // a run of pairs of all tokens stays in L1 while it is written
-  for (int64_t q0 = 0; q0 < k_count / 2; q0 += kRun) {
-    const int64_t end = std::min(q0 + kRun, k_count / 2);
-    for (int term = 0; term < term_count; ++term) {
+// Packs the rows of the tokens [begin, end), which are a block, where Activations::blocks has them.
+void pack_block(const Wna16& a, const Activations& x, int terms, int64_t begin, int64_t end, uint32_t* blocks) {
+  const int64_t count = end - begin;
+  for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
+    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
+    uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 2 * terms;
+    for (int term = 0; term < terms; ++term) {
       for (int64_t m = 0; m < count; ++m) {
-        const uint16_t* row = terms[term] + m * row_stride;
-        for (int64_t q = q0; q < end; ++q) {
-          __builtin_memcpy(packed + (q * term_count + term) * count + m, row + 2 * q, sizeof(uint32_t));
+        const uint16_t* row = x.rows + term * x.term_stride + (begin + m) * x.row_stride + k0;
+        for (int64_t q = 0; q < chunk / 2; ++q) {
+          __builtin_memcpy(packed + (q * terms + term) * count + m, row + 2 * q, sizeof(uint32_t));
         }
       }
     }
   }
 }
 
-void sum_groups(const uint16_t* x, Float type, int64_t groups, int64_t group, float* sums) {
+// sums[g * stride] for every group g of a row.
+void sum_groups(const uint16_t* x, Float type, int64_t groups, int64_t group, int64_t stride, float* sums) {
   for (int64_t g = 0; g < groups; ++g) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t k = g * group; k < (g + 1) * group; k += 16) {
@@ -345,7 +408,7 @@ void sum_groups(const uint16_t* x, Float type, int64_t groups, int64_t group, fl
                                : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
       sum = _mm512_add_ps(sum, value);
     }
-    sums[g] = _mm512_reduce_add_ps(sum);
+    sums[g * stride] = _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -379,13 +442,9 @@ void super_block(const Wna16& a, Parallel parallel) {
         for (int64_t m = m0; m < m1; ++m) {
           const uint16_t* row = a.x + m * a.x_stride;
           if (fp16) split_row(row, a.k, high + m * a.k, high + (a.m + m) * a.k);
-          if (group_sum != nullptr) sum_groups(row, a.x_type, groups, a.group, group_sum + m * groups);
+          if (group_sum != nullptr) sum_groups(row, a.x_type, groups, a.group, m1 - m0, group_sum + m0 * groups + m - m0);
         }
-        if (blocks != nullptr) {
-          const uint16_t* first = x.rows + m0 * x.row_stride;
-          const uint16_t* of_terms[] = {first, first + x.term_stride};
-          pack_block(of_terms, terms, m1 - m0, x.row_stride, a.k, blocks + m0 * a.k / 2 * terms);
-        }
+        if (blocks != nullptr) pack_block(a, x, terms, m0, m1, blocks);
       }
     });
   }

@@ -1,0 +1,33 @@
+import ctypes
+import os
+
+import pytest
+import torch
+
+from sliderquant_vllm import ops
+from tests.native import LIBRARY
+
+ISAS = ("portable", "avx512")
+
+
+def select_isa(name: str) -> bool:
+    ops.load()
+    return ctypes.CDLL(str(LIBRARY)).sliderquant_select_isa(name.encode()) == 0
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set that the kernels know; one that this machine cannot run is skipped."""
+    if not select_isa(request.param):
+        pytest.skip(f"this machine cannot run the {request.param} kernels")
+    yield request.param
+    assert select_isa(os.environ.get("SLIDERQUANT_ISA", ""))
+
+
+@pytest.fixture
+def threads():
+    """One thread unless a test asks for more: on a busy machine two wait for each other ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
