@@ -16,6 +16,7 @@
 
 #include "api.h"
 #include "avx512.h"
+#include "pack_tokens.h"
 
 namespace sliderquant::cpu::avx512 {
 namespace {
@@ -278,16 +279,9 @@ Panels panels_of(int bits) {
 
 // Packs the codes of the tokens [begin, end), which are a block, into [chunks of k][blocks of tokens][quad of k][token].
 void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
-  const int64_t count = end - begin;
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
-    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
-    uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 4;
-    for (int64_t m = 0; m < count; ++m) {
-      const uint8_t* row = a.codes + (begin + m) * a.k + k0;
-      for (int64_t q = 0; q < chunk / 4; ++q) {
-        __builtin_memcpy(packed + q * count + m, row + 4 * q, sizeof(uint32_t));
-      }
-    }
+    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0), count = end - begin;
+    pack_tokens(a.codes + begin * a.k + k0, a.k, count, chunk / 4, count, blocks + (k0 * a.m + begin * chunk) / 4);
   }
 }
 

@@ -3,18 +3,21 @@
 // Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, k input channel,
 // q pair of neighbouring k, g scale group, u independent accumulator chain.
 //
-// A code becomes the integer (code - 2^(bits-1)) in bf16, which is exact, and meets pairs of x in vdpbf16ps; the scale
-// of a group multiplies the fp32 sum, and the rest of the zero point enters through the group's sum of x. Nothing but
-// the final result is rounded to 16 bits. fp16 x is split exactly into the sum of two bf16 terms.
+// A code becomes an integer in bf16, which is exact, and meets pairs of x in vdpbf16ps; the scale of a group multiplies
+// the fp32 sum. Nothing but the final result is rounded to 16 bits. fp16 x is split exactly into the sum of two bf16
+// terms.
 //
-// Few tokens: codes go from memory through one shift and one vpermw straight into the dot product. More tokens: a chunk
-// of a panel is expanded once into L1-sized scratch and reused by all of them, and x is first packed block by block of
-// tokens, since rows that lie a power of two apart would compete for one cache set.
+// Few tokens: codes go from memory through one shift and one vpermw straight into the dot product as
+// (code - 2^(bits-1)); the rest of the zero point enters through the group's sum of x. More tokens: a chunk of a panel
+// is expanded once into L1-sized scratch, its zero points subtracted, and reused by all of them, and x is first packed
+// block by block of tokens, since rows that lie a power of two apart would compete for one cache set.
 #include <algorithm>
 #include <utility>
 
 #include "api.h"
 #include "avx512.h"
+#include "expand_pairs.h"
+#include "pack_tokens.h"
 
 namespace sliderquant::cpu::avx512 {
 namespace {
@@ -29,70 +32,6 @@ static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be who
 constexpr float kFarScale = 1 << 20;  // a scale this many times another one: sums are not converted between the two
 
 constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
-
-// A table of bf16 integers for vpermw, which takes the low five bits of each 16-bit lane as index: repeated, so that
-// bits above the code do not matter.
-template <int Bits>
-__m512i code_table() {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; ++i) {
-    const int code = i & ((1 << Bits) - 1);
-    table[i] = static_cast<uint16_t>(float_to_bits(static_cast<float>(code - (1 << (Bits - 1)))) >> 16);
-  }
-  return _mm512_load_si512(table);
-}
-
-// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels;
-// words are the period's words of the first of them.
-template <int Bits>
-struct Expand {
-  static_assert(Bits == 2 || Bits == 4, "3 and 8 bits have layouts of their own");
-  static constexpr int kPairs = 16 / Bits;
-  __m512i table = code_table<Bits>();
-  template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
-    const __m512i v = _mm512_loadu_si512(words);
-    unroll<kPairs>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(_mm512_permutexvar_epi16(_mm512_srli_epi16(v, Bits * Q), table));
-    });
-  }
-};
-
-template <>
-struct Expand<3> {
-  static constexpr int kPairs = 16;
-  __m512i table = code_table<3>();
-  template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
-    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
-                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
-    unroll<kPairs - 1>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(_mm512_permutexvar_epi16(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)), table));
-    });
-    // The sixteenth pair: one bit on top of each word. 0xEA is (a & b) | c.
-    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 14), _mm512_set1_epi16(2),
-                                                  _mm512_srli_epi16(v[0], 15), 0xEA);
-    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 13), _mm512_set1_epi16(4), two, 0xEA);
-    emit.template operator()<kPairs - 1>(_mm512_permutexvar_epi16(three, table));
-  }
-};
-
-template <>
-struct Expand<8> {
-  static constexpr int kPairs = 2;
-  template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
-    // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
-    const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(words), _mm512_set1_epi8(static_cast<char>(0x80)));
-    const auto value = [&](int byte) SLIDERQUANT_INLINE {
-      return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * byte), 24)));
-    };
-    // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
-    // a word are k = 0, 2, 1, 3.
-    emit.template operator()<0>(_mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2)));
-    emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
-  }
-};
 
 SLIDERQUANT_INLINE inline __m512 dot(__m512 sum, __m512i pair, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(x));
@@ -110,7 +49,7 @@ struct Activations {
   int64_t row_stride;
   int64_t term_stride;
   const uint32_t* blocks;  // more tokens: [chunks of k][blocks of tokens][pair of k][terms][token]
-  const float* group_sum;  // [blocks of tokens][group][token], null when symmetric
+  const float* group_sum;  // few tokens: [group][token], null when symmetric
 };
 
 // Of one group of one half panel.
@@ -121,7 +60,7 @@ struct GroupScale {
 
 // Of one group of a panel.
 struct BlockScale {
-  __m512 scale[kTiles], zero[kTiles];
+  __m512 scale[kTiles];
   __m512 to_next[kTiles];  // scale / scale of the next group
 };
 
@@ -133,6 +72,12 @@ SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64
     result.zero = _mm512_cvtepi32_ps(centred);
   }
   return result;
+}
+
+// Zero points of one group of one half panel, in both halves of each lane.
+SLIDERQUANT_INLINE inline __m512i load_zero_pairs(const Wna16& a, int64_t g, int64_t n) {
+  const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(tail_mask(n, a.n), a.zero + g * a.n + n));
+  return _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
 }
 
 // Group g of the panel at n, or of the next panel where g runs past the last one.
@@ -159,8 +104,8 @@ void store_row(const Wna16& a, int64_t m, int64_t n, __m512 sum) {
 
 // A panel for Tokens <= kDirectTokens tokens.
 template <int Bits, int Terms, int Tokens>
-void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Expand<Bits>& expand) {
-  constexpr int kPairs = Expand<Bits>::kPairs;
+void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Expand<Bits, false>& expand) {
+  constexpr int kPairs = Expand<Bits, false>::kPairs;
   // One token alone would wait for the latency of each dot product.
   constexpr int kChains = Tokens == 1 ? std::min(4, kPairs) : Tokens == 2 ? 2 : 1;
   const int64_t groups = a.k / a.group;
@@ -180,7 +125,7 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
     const uint16_t* x_g = x.rows + g * a.group;
     for (int64_t p = 0; p < periods; ++p) {
       unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+        expand(w + T * layout::kVectorRows, __m512i{}, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
           unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
             unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
               __m512& into = sum[M][T][Q % kChains];
@@ -213,7 +158,7 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
 // never leaves its registers.
 template <int Terms, int Tokens>
 void block_run(const uint32_t* expanded, int64_t groups, int64_t pairs, const uint32_t* x, const BlockScale* scales,
-               const float* group_sum, float* sums, Ahead& ahead) {
+               float* sums, Ahead& ahead) {
   __m512 sum[Tokens][kTiles];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { sum[M][0] = sum[M][1] = _mm512_setzero_ps(); });
   for (int64_t g = 0; g < groups; ++g) {
@@ -231,18 +176,10 @@ void block_run(const uint32_t* expanded, int64_t groups, int64_t pairs, const ui
       expanded += kPairsPerTurn * layout::kPanelRows;
       x += kPairsPerTurn * Terms * Tokens;
     }
-    const BlockScale& s = scales[g];
-    if (group_sum != nullptr) {
-      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-        const __m512 x_sum = _mm512_set1_ps(group_sum[g * Tokens + M]);
-        sum[M][0] = _mm512_fmadd_ps(s.zero[0], x_sum, sum[M][0]);
-        sum[M][1] = _mm512_fmadd_ps(s.zero[1], x_sum, sum[M][1]);
-      });
-    }
     if (g + 1 == groups) break;
     unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-      sum[M][0] = _mm512_mul_ps(sum[M][0], s.to_next[0]);
-      sum[M][1] = _mm512_mul_ps(sum[M][1], s.to_next[1]);
+      sum[M][0] = _mm512_mul_ps(sum[M][0], scales[g].to_next[0]);
+      sum[M][1] = _mm512_mul_ps(sum[M][1], scales[g].to_next[1]);
     });
   }
   const __m512 scale[kTiles] = {scales[groups - 1].scale[0], scales[groups - 1].scale[1]};
@@ -270,11 +207,9 @@ uint32_t load_block_scales(const Wna16& a, int64_t first, int64_t count, int64_t
     prefetch_scale(a, first + i + kScalePrefetch, n0);
     for (int t = 0; t < kTiles; ++t) {
       const int64_t n = n0 + t * layout::kVectorRows;
-      const GroupScale s = load_scale(a, first + i, n, tail_mask(n, a.n));
-      scales[i].scale[t] = s.scale;
-      scales[i].zero[t] = s.zero;
+      scales[i].scale[t] = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + (first + i) * a.n + n);
       if (i == 0) continue;
-      const __m512 ratio = _mm512_div_ps(scales[i - 1].scale[t], s.scale);
+      const __m512 ratio = _mm512_div_ps(scales[i - 1].scale[t], scales[i].scale[t]);
       scales[i - 1].to_next[t] = ratio;
       const __mmask16 low = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(1 / kFarScale), _CMP_NGE_UQ);
       const __mmask16 high = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(kFarScale), _CMP_NLE_UQ);
@@ -284,38 +219,44 @@ uint32_t load_block_scales(const Wna16& a, int64_t first, int64_t count, int64_t
   return ends;
 }
 
-// Expands the codes of a chunk of a panel to [pairs of k, 32].
-template <int Bits>
-void expand_chunk(const uint32_t* w, int64_t chunk, const Expand<Bits>& expand, uint32_t* expanded) {
-  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+// Expands the codes of a chunk of a panel, groups of it or a part of one, to [pairs of k, 32].
+template <int Bits, bool HasZero>
+void expand_chunk(const Wna16& a, int64_t panel, int64_t k0, int64_t chunk, const Expand<Bits, HasZero>& expand,
+                  uint32_t* expanded) {
+  const int64_t n0 = panel * layout::kPanelRows, part = std::min(a.group, chunk);
+  const uint32_t* w = chunk_words<Bits>(a.w, a.k, panel, k0);
+  for (int64_t first = k0; first < k0 + chunk; first += part) {
+    __m512i zero[kTiles] = {};
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
-        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
-      });
+      if constexpr (HasZero) zero[T] = load_zero_pairs(a, first / a.group, n0 + T * layout::kVectorRows);
     });
-    w += layout::period_words(Bits) * layout::kPanelRows;
-    expanded += Expand<Bits>::kPairs * layout::kPanelRows;
+    for (int64_t k = 0; k < part; k += layout::period_codes(Bits)) {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+          _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+        });
+      });
+      w += layout::period_words(Bits) * layout::kPanelRows;
+      expanded += Expand<Bits, HasZero>::kPairs * layout::kPanelRows;
+    }
   }
 }
 
 // Up to kSharingPanels panels, for up to kSuperTokens tokens.
-template <int Bits, int Terms>
-void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end, const Expand<Bits>& expand,
-                  uint32_t* expanded, float* sums) {
-  const int64_t groups = a.k / a.group, panel_sums = a.m * layout::kPanelRows;
+template <int Bits, int Terms, bool HasZero>
+void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end,
+                  const Expand<Bits, HasZero>& expand, uint32_t* expanded, float* sums) {
+  const int64_t panel_sums = a.m * layout::kPanelRows;
   BlockScale scales[kChunk / layout::kBlockCodes];
   std::fill(sums, sums + (end - begin) * panel_sums, 0.0f);
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
-    // A group longer than the chunk (per channel) is applied in parts: the scale is the same, and only the first part
-    // carries the correction.
-    const int64_t part = std::min(a.group, chunk), parts = chunk / part, g0 = k0 / a.group;
-    const bool corrects = a.zero != nullptr && k0 % a.group == 0;
+    const int64_t part = std::min(a.group, chunk), parts = chunk / part;  // groups, or a part of one per channel
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t n0 = panel * layout::kPanelRows;
-      expand_chunk<Bits>(chunk_words<Bits>(a.w, a.k, panel, k0), chunk, expand, expanded);
+      expand_chunk(a, panel, k0, chunk, expand, expanded);
       Ahead ahead = chunk_after<Bits>(a.w, a.k, begin, panel, end, k0, chunk);
-      const uint32_t ends = load_block_scales(a, g0, parts, n0, scales);
+      const uint32_t ends = load_block_scales(a, k0 / a.group, parts, n0, scales);
       for (int64_t block = 0; block < block_count(a.m); ++block) {
         const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
         const BlockRun run = block_run_of<Terms>(count, std::make_integer_sequence<int, kBlockTokens>{});
@@ -324,7 +265,6 @@ void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t e
           for (last = first; last + 1 < parts && (ends >> last & 1) == 0;) ++last;
           run(expanded + first * part / 2 * layout::kPanelRows, last + 1 - first, part / 2,
               x_block + first * part / 2 * count * Terms, scales + first,
-              corrects ? x.group_sum + m * groups + (g0 + first) * count : nullptr,
               sums + (panel - begin) * panel_sums + m * layout::kPanelRows, ahead);
         }
       }
@@ -341,7 +281,7 @@ void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t e
 
 template <int Bits, int Terms>
 void direct_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
-  const Expand<Bits> expand;
+  const Expand<Bits, false> expand;
   for (int64_t panel = begin; panel < end; ++panel) {
     switch (a.m) {
       case 1: direct_panel<Bits, Terms, 1>(a, x, panel, expand); break;
@@ -352,17 +292,27 @@ void direct_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t 
   }
 }
 
-template <int Bits, int Terms>
-void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
-  if (a.m <= kDirectTokens) return direct_panels<Bits, Terms>(a, x, begin, end);
+template <int Bits, int Terms, bool HasZero>
+void shared_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   constexpr int64_t kExpanded = kChunk / 2 * layout::kPanelRows;
   const int64_t sharing = std::min<int64_t>(kSharingPanels, end - begin);
   auto* expanded = scratch.get<uint32_t>(kExpanded + sharing * a.m * layout::kPanelRows);
   auto* sums = reinterpret_cast<float*>(expanded + kExpanded);
-  const Expand<Bits> expand;
+  const Expand<Bits, HasZero> expand;
   for (; begin < end; begin += sharing) {
-    block_panels<Bits, Terms>(a, x, begin, std::min(begin + sharing, end), expand, expanded, sums);
+    block_panels<Bits, Terms, HasZero>(a, x, begin, std::min(begin + sharing, end), expand, expanded, sums);
+  }
+}
+
+template <int Bits, int Terms>
+void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
+  if (a.m <= kDirectTokens) {
+    direct_panels<Bits, Terms>(a, x, begin, end);
+  } else if (a.zero == nullptr) {
+    shared_panels<Bits, Terms, false>(a, x, begin, end);
+  } else {
+    shared_panels<Bits, Terms, true>(a, x, begin, end);
   }
 }
 
@@ -387,12 +337,8 @@ void pack_block(const Wna16& a, const Activations& x, int terms, int64_t begin, 
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
     uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 2 * terms;
     for (int term = 0; term < terms; ++term) {
-      for (int64_t m = 0; m < count; ++m) {
-        const uint16_t* row = x.rows + term * x.term_stride + (begin + m) * x.row_stride + k0;
-        for (int64_t q = 0; q < chunk / 2; ++q) {
-          __builtin_memcpy(packed + (q * terms + term) * count + m, row + 2 * q, sizeof(uint32_t));
-        }
-      }
+      const uint16_t* rows = x.rows + term * x.term_stride + begin * x.row_stride + k0;
+      pack_tokens(rows, 2 * x.row_stride, count, chunk / 2, terms * count, packed + term * count);
     }
   }
 }
@@ -434,7 +380,7 @@ void super_block(const Wna16& a, Parallel parallel) {
   uint16_t* high = fp16 ? split.get<uint16_t>(2 * a.m * a.k) : nullptr;
   if (fp16) x = {high, a.k, a.m * a.k, nullptr, nullptr};
   uint32_t* blocks = a.m > kDirectTokens ? pack.get<uint32_t>(a.m * a.k / 2 * terms) : nullptr;
-  float* group_sum = a.zero != nullptr ? sums.get<float>(a.m * groups) : nullptr;
+  float* group_sum = a.zero != nullptr && a.m <= kDirectTokens ? sums.get<float>(a.m * groups) : nullptr;
   if (fp16 || blocks != nullptr || group_sum != nullptr) {
     parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -442,7 +388,7 @@ void super_block(const Wna16& a, Parallel parallel) {
         for (int64_t m = m0; m < m1; ++m) {
           const uint16_t* row = a.x + m * a.x_stride;
           if (fp16) split_row(row, a.k, high + m * a.k, high + (a.m + m) * a.k);
-          if (group_sum != nullptr) sum_groups(row, a.x_type, groups, a.group, m1 - m0, group_sum + m0 * groups + m - m0);
+          if (group_sum != nullptr) sum_groups(row, a.x_type, groups, a.group, a.m, group_sum + m);
         }
         if (blocks != nullptr) pack_block(a, x, terms, m0, m1, blocks);
       }

@@ -1,0 +1,93 @@
+// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps. Included by files compiled for AVX512 only.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../layout.h"
+#include "../numeric.h"
+#include "avx512.h"
+
+namespace sliderquant::cpu::avx512 {
+
+// From codes to integers in bf16: code - 2^(bits-1), or code - zero where a zero point is given for each channel.
+// vpermw takes the low five bits of each 16-bit lane as index, so bits above a code do not matter as long as the table
+// repeats; a difference of codes needs all five.
+template <int Bits, bool HasZero>
+struct Lookup {
+  __m512i table;
+  Lookup() {
+    alignas(64) uint16_t values[32];
+    for (int i = 0; i < 32; ++i) {
+      const int value = HasZero ? (i < 16 ? i : i - 32) : (i & ((1 << Bits) - 1)) - (1 << (Bits - 1));
+      values[i] = static_cast<uint16_t>(float_to_bits(static_cast<float>(value)) >> 16);
+    }
+    table = _mm512_load_si512(values);
+  }
+  // Codes at the bottom of 16-bit lanes.
+  SLIDERQUANT_INLINE __m512i operator()(__m512i codes, __m512i zero) const {
+    if constexpr (HasZero) {
+      codes = _mm512_sub_epi16(_mm512_and_si512(codes, _mm512_set1_epi16((1 << Bits) - 1)), zero);
+    }
+    return _mm512_permutexvar_epi16(codes, table);
+  }
+};
+
+// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels;
+// words are the period's words of the first of them, zero their zero points, in both halves of a lane.
+template <int Bits, bool HasZero>
+struct Expand {
+  static_assert(Bits == 2 || Bits == 4, "3 and 8 bits have layouts of their own");
+  static constexpr int kPairs = 16 / Bits;
+  Lookup<Bits, HasZero> value;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
+    const __m512i v = _mm512_loadu_si512(words);
+    unroll<kPairs>([&]<int Q>() SLIDERQUANT_INLINE {
+      emit.template operator()<Q>(value(_mm512_srli_epi16(v, Bits * Q), zero));
+    });
+  }
+};
+
+template <bool HasZero>
+struct Expand<3, HasZero> {
+  static constexpr int kPairs = 16;
+  Lookup<3, HasZero> value;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
+    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
+                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
+    unroll<kPairs - 1>([&]<int Q>() SLIDERQUANT_INLINE {
+      emit.template operator()<Q>(value(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)), zero));
+    });
+    // The sixteenth pair: one bit on top of each word. 0xEA is (a & b) | c.
+    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 14), _mm512_set1_epi16(2),
+                                                  _mm512_srli_epi16(v[0], 15), 0xEA);
+    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 13), _mm512_set1_epi16(4), two, 0xEA);
+    emit.template operator()<kPairs - 1>(value(three, zero));
+  }
+};
+
+template <bool HasZero>
+struct Expand<8, HasZero> {
+  static constexpr int kPairs = 2;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
+    // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
+    const __m512i v = HasZero ? _mm512_loadu_si512(words)
+                              : _mm512_xor_si512(_mm512_loadu_si512(words), _mm512_set1_epi8(static_cast<char>(0x80)));
+    const auto value = [&](int byte) SLIDERQUANT_INLINE {
+      const __m512i top = _mm512_slli_epi32(v, 24 - 8 * byte);
+      const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero, 16))
+                                   : _mm512_srai_epi32(top, 24);
+      return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+    };
+    // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
+    // a word are k = 0, 2, 1, 3.
+    emit.template operator()<0>(_mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2)));
+    emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
+  }
+};
+
+}  // namespace sliderquant::cpu::avx512
