@@ -31,17 +31,17 @@ struct Kernels {
   void (*integer_gemm)(const IntegerGemm&, Parallel);
 };
 
-namespace portable {
-void wna16(const Wna16&, Parallel);
-void quantize(const Quantize&, Parallel);
-void integer_gemm(const IntegerGemm&, Parallel);
-}  // namespace portable
-
-namespace avx512 {
-void wna16(const Wna16&, Parallel);
-void quantize(const Quantize&, Parallel);
-void integer_gemm(const IntegerGemm&, Parallel);
-}  // namespace avx512
+#define SLIDERQUANT_KERNELS(isa)                    \
+  namespace isa {                                   \
+  void wna16(const Wna16&, Parallel);               \
+  void quantize(const Quantize&, Parallel);         \
+  void integer_gemm(const IntegerGemm&, Parallel);  \
+  }
+SLIDERQUANT_KERNELS(portable)
+SLIDERQUANT_KERNELS(avx2)
+SLIDERQUANT_KERNELS(avx512f)
+SLIDERQUANT_KERNELS(avx512)  // with VNNI and BF16
+#undef SLIDERQUANT_KERNELS
 
 // The kernels of the selected instruction set. Throws std::runtime_error where the request cannot be met.
 const Kernels& kernels();

@@ -1,8 +1,11 @@
 // Chooses the kernels once per process.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "api.h"
 #include "features.h"
@@ -10,16 +13,19 @@
 namespace sliderquant::cpu {
 namespace {
 
-const Kernels kPortable = {portable::wna16, portable::quantize, portable::integer_gemm};
+#define SLIDERQUANT_ROW(isa) {#isa, {isa::wna16, isa::quantize, isa::integer_gemm}}
+const std::pair<const char*, Kernels> kTable[] = {
 #ifdef SLIDERQUANT_X86
-const Kernels kAvx512 = {avx512::wna16, avx512::quantize, avx512::integer_gemm};
+    SLIDERQUANT_ROW(avx512),
+    SLIDERQUANT_ROW(avx512f),
+    SLIDERQUANT_ROW(avx2),
 #endif
+    SLIDERQUANT_ROW(portable),
+};
+#undef SLIDERQUANT_ROW
 
 const Kernels* find(const std::string& isa) {
-#ifdef SLIDERQUANT_X86
-  if (isa == "avx512") return &kAvx512;
-#endif
-  return &kPortable;
+  return &std::find_if(std::begin(kTable), std::end(kTable), [&](const auto& row) { return row.first == isa; })->second;
 }
 
 std::atomic<const Kernels*> selected{nullptr};

@@ -11,11 +11,13 @@ struct Isa {
   std::vector<const char*> needs;
 };
 
-// Best first. A new instruction set is one row here, one in dispatch.cpp and its kernel files.
+// Best first. A new instruction set is one row here, one in dispatch.cpp, and its kernel files or a rung in CMakeLists.txt.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = {
 #ifdef SLIDERQUANT_X86
       {"avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"}},
+      {"avx512f", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}},
+      {"avx2", {"avx2", "fma"}},
 #endif
       {"portable", {}},
   };
