@@ -21,7 +21,7 @@ struct Wna16 {
   int bits;
 };
 
-// codes, scale, zero and row_sum of each row of x
+// codes, scale, zero and row_sum of each row of x, transformed before as Hadamard has it
 struct Quantize {
   const uint16_t* x;  // [m, k], rows x_stride apart
   Float x_type;       // kBf16 or kFp16
@@ -30,9 +30,17 @@ struct Quantize {
   float* scale;       // [m]
   int32_t* zero;      // [m]
   int32_t* row_sum;   // [m]
-  int64_t m, k;
+  int64_t m, k, block;
   int bits;
   bool symmetric;
+};
+
+// y = x with every run of block channels multiplied by the orthonormal Walsh-Hadamard matrix; block is a power of two
+struct Hadamard {
+  const void* x;  // [m, k]
+  void* y;        // [m, k]
+  Float type;     // of both
+  int64_t m, k, block;
 };
 
 // y = sa * sw * (sum_k a*w - za * col_sum - zw * row_sum + k * za * zw) + bias

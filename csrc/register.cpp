@@ -220,12 +220,21 @@ Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, bool symmetric) {
+void check_block(const char* op, int64_t block, int64_t k) {
+  if (block < 1 || (block & (block - 1)) != 0 || k % block != 0) {
+    fail(op, "block_size: expected a power of 2 that divides K=", k, "; got ", block);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, bool symmetric,
+                                                              int64_t block) {
   const char* op = "quantize_per_token";
   const Float type = check_input(op, x);
   if (bits < 2 || bits > 8) fail(op, "bits: expected 2 to 8; got ", bits);
   const int64_t m = x.size(0), k = x.size(1);
   if (k <= 0) fail(op, "x: expected at least one column; got ", describe(x));
+  check_block(op, block, k);
+  if (block > 1 && !x.device().is_cpu()) fail(op, "block_size: on GPUs call hadamard first; expected 1, got ", block);
   const Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Byte);
   const Tensor scale = torch::stable::new_empty(x, {m}, ScalarType::Float);
   const Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
@@ -241,6 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, i
         .row_sum = static_cast<int32_t*>(row_sum.mutable_data_ptr()),
         .m = m,
         .k = k,
+        .block = block,
         .bits = static_cast<int>(bits),
         .symmetric = symmetric,
     };
@@ -310,6 +320,28 @@ Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const 
   return y;
 }
 
+Tensor hadamard(const Tensor& x, int64_t block) {
+  const char* op = "hadamard";
+  const Float type = float_type(op, "x", x.scalar_type(), true);
+  if (x.dim() < 1) fail(op, "x: expected [..., K]; got ", describe(x));
+  const int64_t k = x.size(x.dim() - 1);
+  check_block(op, block, k);
+  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor y = torch::stable::empty_like(rows);
+  if (x.numel() > 0) {
+    const sliderquant::Hadamard args = {
+        .x = rows.const_data_ptr(),
+        .y = y.mutable_data_ptr(),
+        .type = type,
+        .m = x.numel() / k,
+        .k = k,
+        .block = block,
+    };
+    sliderquant::cpu::kernels().hadamard(args, run_parallel);
+  }
+  return y;
+}
+
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("wna16_gemm", TORCH_BOX(&wna16_gemm));
   library.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
@@ -322,13 +354,18 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
   library.def(
       "wna16_gemm(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size) "
       "-> Tensor");
-  library.def("quantize_per_token(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "quantize_per_token(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("hadamard(Tensor x, int block_size) -> Tensor");
   library.def(
       "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
       "Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
+  implement(library);
+  library.impl("hadamard", TORCH_BOX(&hadamard));
+}
 
 #ifdef SLIDERQUANT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) { implement(library); }

@@ -216,12 +216,12 @@ class SliderQuantLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``."""
         weights, activations = self.scheme.weights, self.scheme.activations
-        rows = x.reshape(-1, x.shape[-1])
-        if self.scheme.hadamard_block_size is not None:
-            rows = ops.hadamard(rows, self.scheme.hadamard_block_size)
+        rows, block_size = x.reshape(-1, x.shape[-1]), self.scheme.hadamard_block_size or 1
         if self.scheme.added_bias and layer.adds_bias:
             bias = layer.added_bias
         if activations is None:
+            if block_size > 1:
+                rows = ops.hadamard(rows, block_size)
             y = ops.wna16_gemm(
                 rows,
                 layer.weight_packed,
@@ -232,7 +232,7 @@ class SliderQuantLinearMethod(LinearMethodBase):
                 weights.group_size,
             )
         else:
-            quantized = ops.quantize_per_token(rows, activations.bits, activations.symmetric)
+            quantized = ops.quantize_per_token(rows, activations.bits, activations.symmetric, block_size)
             y = ops.w4a4_gemm(
                 *quantized,
                 layer.weight_packed,

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SCHEMAS = {
     "wna16_gemm": "(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
     "int group_size) -> Tensor",
-    "quantize_per_token": "(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize_per_token": "(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)",
     "hadamard": "(Tensor x, int block_size) -> Tensor",
     "w4a4_gemm": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, "
     "Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
@@ -129,24 +129,29 @@ def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> to
     return torch.ops.sliderquant.wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size)
 
 
-def quantize_per_token(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+def quantize_per_token(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
     """Dynamic quantization of each row over its own range, which always includes 0.
 
     Computed in fp32, bit for bit the same everywhere: asymmetric ``scale = (max - min) / (2**bits - 1)``,
     ``zero = rint(-min / scale)``; symmetric ``scale = max|x| / (2**(bits-1) - 1)``, ``zero = 2**(bits-1)``;
     ``code = clamp(rint(x / scale) + zero, 0, 2**bits - 1)``. A row of zeros gets scale 1.
 
+    Args:
+        block_size: above 1, x is transformed before as ``hadamard`` has it; on CPUs without rounding in between.
+
     Returns:
         codes uint8 [M, K], scale fp32 [M], zero int32 [M], row_sum int32 [M] (the sum of the row's codes).
     """
-    return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric)
+    if block_size > 1 and x.is_cuda:
+        x, block_size = hadamard(x, block_size), 1
+    return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric, block_size)
 
 
 def hadamard(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """Multiply every run of ``block_size`` channels by the orthonormal Walsh-Hadamard matrix in Sylvester's order.
 
     ``x.unflatten(-1, (-1, block_size)) @ H / sqrt(block_size)``: its own inverse, and no value grows beyond the
-    2-norm of its run. Computed in fp32 and rounded once, to the dtype of x: ``quantize_per_token`` takes 16 bits.
+    2-norm of its run. Computed in fp32 and rounded once, to the dtype of x.
 
     Args:
         x: [..., K], bf16, fp16 or fp32, with K a multiple of ``block_size``, a power of 2.
@@ -155,7 +160,7 @@ def hadamard(x: torch.Tensor, block_size: int) -> torch.Tensor:
         [..., K] in the dtype of x.
 
     Raises:
-        ValueError: ``block_size`` is no power of 2, or does not divide K.
+        RuntimeError: ``block_size`` is no power of 2, or does not divide K.
     """
     return torch.ops.sliderquant.hadamard(x, block_size)
 
@@ -187,8 +192,10 @@ def wna16_gemm_reference(x, w_packed, scale, zero, bias, bits: int, group_size: 
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def quantize_per_token_reference(x, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+def quantize_per_token_reference(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
     x = x.to(torch.float32)
+    if block_size > 1:
+        x = hadamard_reference(x, block_size)
     max_code = 2**bits - 1
     if symmetric:
         scale = x.abs().amax(1) / (2 ** (bits - 1) - 1)
@@ -204,9 +211,11 @@ def quantize_per_token_reference(x, bits: int, symmetric: bool) -> tuple[torch.T
 
 
 def hadamard_reference(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """``hadamard``, differentiable in x; fp64 stays fp64. Every device runs it, there is no native kernel."""
+    """``hadamard``, differentiable in x; fp64 stays fp64."""
     if block_size < 1 or block_size & (block_size - 1) or x.shape[-1] % block_size:
-        raise ValueError(f"hadamard: block_size: expected a power of 2 that divides K={x.shape[-1]}; got {block_size}")
+        raise RuntimeError(
+            f"hadamard: block_size: expected a power of 2 that divides K={x.shape[-1]}; got {block_size}"
+        )
     blocks = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, block_size))
     # H of b*c is the Kronecker product of those of b and c. Two small products beat one large from 128 channels on, and
     # butterflies everywhere (measured on x86). Entries stay 1 and -1, which every arithmetic multiplies exactly.
@@ -246,7 +255,7 @@ def _fake_wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size):
     return x.new_empty(x.shape[0], scale.shape[1])
 
 
-def _fake_quantize_per_token(x, bits, symmetric):
+def _fake_quantize_per_token(x, bits, symmetric, block_size=1):
     rows = x.shape[0]
     integers = functools.partial(x.new_empty, rows, dtype=torch.int32)
     return (

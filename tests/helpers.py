@@ -242,16 +242,16 @@ class ReferenceLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, activations = self.scheme.weights, self.scheme.activations
-        rows = x.flatten(0, -2)
-        if self.scheme.hadamard_block_size is not None:
-            rows = ops.hadamard_reference(rows, self.scheme.hadamard_block_size)
+        rows, block_size = x.flatten(0, -2), self.scheme.hadamard_block_size or 1
         if activations is None:
+            if block_size > 1:
+                rows = ops.hadamard_reference(rows, block_size)
             y = ops.wna16_gemm_reference(
                 rows, self.packed, self.scale, self.zero, self.bias, weights.bits, weights.group_size
             )
         else:
             y = ops.w4a4_gemm_reference(
-                *ops.quantize_per_token_reference(rows, activations.bits, activations.symmetric),
+                *ops.quantize_per_token_reference(rows, activations.bits, activations.symmetric, block_size),
                 self.packed,
                 self.scale[0],
                 None if self.zero is None else self.zero[0],

@@ -222,8 +222,7 @@ def sylvester_in_float64(size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("block_size", HADAMARD_BLOCK_SIZES)
-def test_hadamard_against_float64(block_size, dtype):
-    ops.load()
+def test_hadamard_against_float64(isa, block_size, dtype):
     x = torch.randn(7, 3 * block_size).to(dtype)
     exact = (x.double().unflatten(-1, (3, block_size)) @ sylvester_in_float64(block_size)).flatten(-2)
     y = ops.hadamard(x, block_size)
@@ -234,6 +233,22 @@ def test_hadamard_against_float64(block_size, dtype):
     assert torch.equal(ops.hadamard(x[:0], block_size), x[:0])
     for rows, expected in ((x[:, :block_size], exact[:, :block_size]), (x[None], exact[None])):
         assert relative_error(ops.hadamard(rows, block_size), expected) < limit
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize(("block_size", "k"), [(2, 6), (8, 40), (64, 192), (2048, 6144), (4096, 4096)])
+def test_quantizer_transforms_before_without_rounding_in_between(isa, block_size, k, symmetric):
+    x = torch.randn(9, k) * torch.logspace(-6, 4, 9)[:, None]
+    x[0] = 0
+    for dtype, bits in itertools.product((torch.bfloat16, torch.float16), (4, 8)):
+        rows = x.to(dtype)
+        exact = (rows.double().unflatten(-1, (-1, block_size)) @ sylvester_in_float64(block_size)).flatten(-2)
+        expected = ops.quantize_per_token_reference(exact.float(), bits, symmetric)
+        codes, scale, zero, row_sum = ops.quantize_per_token(rows, bits, symmetric, block_size)
+        assert relative_error(scale, expected[1]) < 1e-6 and (zero - expected[2]).abs().max() <= 1
+        assert torch.equal(codes.sum(1, dtype=torch.int32), row_sum)
+        away = (codes.int() - zero[:, None] - expected[0].int() + expected[2][:, None]).abs()
+        assert away.max() <= 1 and away.float().mean() < 1e-2  # what lies half way between two codes
 
 
 @pytest.mark.parametrize("block_size", [8, 128])

@@ -28,6 +28,7 @@ void parallel_for(Parallel parallel, int64_t count, int64_t grain, const Body& b
 struct Kernels {
   void (*wna16)(const Wna16&, Parallel);
   void (*quantize)(const Quantize&, Parallel);
+  void (*hadamard)(const Hadamard&, Parallel);
   void (*integer_gemm)(const IntegerGemm&, Parallel);
 };
 
@@ -35,6 +36,7 @@ struct Kernels {
   namespace isa {                                   \
   void wna16(const Wna16&, Parallel);               \
   void quantize(const Quantize&, Parallel);         \
+  void hadamard(const Hadamard&, Parallel);         \
   void integer_gemm(const IntegerGemm&, Parallel);  \
   }
 SLIDERQUANT_KERNELS(portable)

@@ -1,5 +1,4 @@
-// Integer GEMM (W4A4 and every other pair of widths up to 8) and per-token quantization, for every instruction set
-// without a file of its own.
+// Integer GEMM (W4A4 and every other pair of widths up to 8), for every instruction set without a file of its own.
 //
 // Index names: n output channel, panel 32 of them, v one register of a tile, m token, k input channel, q four
 // neighbouring k.
@@ -151,26 +150,6 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
   });
 }
 
-void quantize_row(const Quantize& a, int64_t m) {
-  const int64_t row = m * a.x_stride;
-  float low = 0, high = 0;  // a NaN compares false and does not widen the range
-  for (int64_t k = 0; k < a.k; ++k) {
-    const float value = load_float(a.x, a.x_type, row + k);
-    low = value < low ? value : low;
-    high = value > high ? value : high;
-  }
-  const TokenGrid grid = token_grid(low, high, a.bits, a.symmetric);
-  int32_t sum = 0;
-  for (int64_t k = 0; k < a.k; ++k) {
-    const float code = token_code(load_float(a.x, a.x_type, row + k), grid);
-    a.codes[m * a.k + k] = static_cast<uint8_t>(code);
-    sum += static_cast<int32_t>(code);
-  }
-  a.scale[m] = grid.scale;
-  a.zero[m] = static_cast<int32_t>(grid.zero);
-  a.row_sum[m] = sum;
-}
-
 }  // namespace
 
 void integer_gemm(const IntegerGemm& a, Parallel parallel) {
@@ -185,12 +164,6 @@ void integer_gemm(const IntegerGemm& a, Parallel parallel) {
     part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
     super_block(part, parallel);
   }
-}
-
-void quantize(const Quantize& a, Parallel parallel) {
-  parallel_for(parallel, a.m, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) quantize_row(a, m);
-  });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

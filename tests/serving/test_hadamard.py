@@ -20,7 +20,8 @@ def test_with_quantized_activations(in_engine, tmp_path, bits):
     )
     found = in_engine(score, quantized, check_linears=True)
     assert len(found.errors) == 12 * 4
-    assert max(found.errors.values()) < 1e-4, found.errors
+    # Sums in another order move a value here and there from one code to the next.
+    assert max(found.errors.values()) < 5e-4, found.errors
     # The bounds of test_integer.py.
     expected = Score(reference_logprobs(quantized, windows(TINY_LLAMA)))
     assert (found.logprobs - expected.logprobs).abs().mean() < (0.1 if bits == 8 else 0.6)
