@@ -42,7 +42,7 @@ void emulate_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride, const uint
 void emulate_quantize(const uint16_t* x, int64_t fp16, int64_t x_stride, uint8_t* codes, float* scale, int32_t* zero,
                       int32_t* row_sum, int64_t m, int64_t k, int64_t bits, int64_t symmetric) {
   emulate<cuda::QuantizeKernel>(
-      {x, fp16 ? Float::kFp16 : Float::kBf16, x_stride, codes, scale, zero, row_sum, m, k,
+      {x, fp16 ? Float::kFp16 : Float::kBf16, x_stride, codes, scale, zero, row_sum, m, k, 1,
        static_cast<int>(bits), symmetric != 0});
 }
 
