@@ -1,0 +1,220 @@
+// Random shapes through the CPU kernels, in buffers of exactly the size that they are promised, against float64. Built
+// with sanitizers. Arguments: number of cases, seed. SLIDERQUANT_ISA chooses the kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../csrc/cpu/api.h"
+#include "../csrc/cpu/features.h"
+
+using namespace sliderquant;
+
+namespace {
+
+std::mt19937_64 generator;
+
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+bool coin() { return between(0, 1) == 1; }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+template <class T>
+T one_of(std::initializer_list<T> values) {
+  return values.begin()[between(0, static_cast<int64_t>(values.size()) - 1)];
+}
+
+void serial(int64_t count, int64_t, cpu::RangeBody body, void* context) {
+  const int64_t half = count / 2;  // ranges as two threads would get them
+  if (half > 0) body(0, half, context);
+  if (half < count) body(half, count, context);
+}
+
+struct Case {
+  int64_t m, n, k, group;
+  int bits;
+  bool symmetric, biased;
+  Float type;
+};
+
+Case random_case(bool grouped) {
+  Case c;
+  c.group = grouped ? one_of<int64_t>({-1, 32, 64, 128}) : -1;
+  c.m = one_of<int64_t>({between(1, 5), between(5, 40), between(250, 260)});
+  c.n = between(1, 100);
+  c.k = std::max<int64_t>(c.group, 32) * between(1, c.m < 40 ? 20 : 6);
+  if (c.group == -1) c.group = c.k;
+  c.bits = one_of({2, 3, 4, 8});
+  c.symmetric = coin();
+  c.biased = coin();
+  c.type = coin() ? Float::kBf16 : Float::kFp16;
+  return c;
+}
+
+// Codes [n, k] in kernel layout; channels beyond n are zero codes.
+std::vector<uint32_t> packed(const std::vector<uint8_t>& codes, layout::Family family, const Case& c) {
+  std::vector<uint32_t> words(layout::packed_words(c.bits, c.n, c.k));
+  const int period = layout::period_codes(c.bits);
+  for (int64_t n = 0; n < c.n; ++n) {
+    for (int64_t k = 0; k < c.k; ++k) {
+      for (int b = 0; b < c.bits; ++b) {
+        const int bit = layout::kernel_bit(family, c.bits, static_cast<int>(k % period), b);
+        const uint32_t value = codes[n * c.k + k] >> b & 1;
+        words[layout::word_index(c.bits, c.k, n, k / period, bit / 32)] |= value << bit % 32;
+      }
+    }
+  }
+  return words;
+}
+
+[[noreturn]] void fail(const char* op, const Case& c, double found, double expected) {
+  std::printf("%s: found %g, expected %g; m=%ld n=%ld k=%ld group=%ld bits=%d symmetric=%d biased=%d fp16=%d\n", op,
+              found, expected, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.k),
+              static_cast<long>(c.group), c.bits, c.symmetric, c.biased, c.type == Float::kFp16);
+  std::exit(1);
+}
+
+// Rounded once to the type, after fp32 sums of terms that add up to magnitude.
+void check(const char* op, const Case& c, double found, double expected, double magnitude, Float type) {
+  const double half_ulp = type == Float::kBf16 ? 0x1p-8 : type == Float::kFp16 ? 0x1p-11 : 0x1p-24;
+  if (!(std::abs(found - expected) <= half_ulp * std::abs(expected) + 1e-6 * magnitude + 0x1p-24)) {
+    fail(op, c, found, expected);
+  }
+}
+
+template <class T>
+std::vector<T> filled(int64_t count, T (*next)()) {
+  std::vector<T> values(count);
+  std::generate(values.begin(), values.end(), next);
+  return values;
+}
+
+std::vector<uint16_t> random_halves(int64_t count, Float type) {
+  std::vector<uint16_t> values(count);
+  for (int64_t i = 0; i < count; ++i) store_float(values.data(), type, i, normal());
+  return values;
+}
+
+std::vector<uint8_t> random_codes(int64_t count, int bits) {
+  std::vector<uint8_t> codes(count);
+  for (auto& code : codes) code = static_cast<uint8_t>(between(0, (1 << bits) - 1));
+  return codes;
+}
+
+void wna16() {
+  const Case c = random_case(true);
+  const int64_t stride = c.k + between(0, 7), groups = c.k / c.group;
+  const auto x = random_halves((c.m - 1) * stride + c.k, c.type);
+  const auto codes = random_codes(c.n * c.k, c.bits), zero = random_codes(groups * c.n, c.bits);
+  const auto words = packed(codes, layout::Family::kPairs, c);
+  const auto bias = filled<float>(c.n, normal);
+  auto scale = filled<float>(groups * c.n, normal);
+  for (auto& value : scale) value = std::abs(value) * static_cast<float>(std::exp2(between(-12, 0)));
+  std::vector<uint16_t> y(c.m * c.n);
+  Wna16 a = {};
+  a.x = x.data(), a.x_type = c.type, a.x_stride = stride, a.w = words.data(), a.scale = scale.data();
+  a.zero = c.symmetric ? nullptr : zero.data(), a.bias = c.biased ? bias.data() : nullptr, a.y = y.data();
+  a.m = c.m, a.n = c.n, a.k = c.k, a.group = c.group, a.bits = c.bits;
+  cpu::kernels().wna16(a, serial);
+  for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      double sum = c.biased ? bias[n] : 0, magnitude = std::abs(sum);
+      for (int64_t k = 0; k < c.k; ++k) {
+        const int64_t at = k / c.group * c.n + n;
+        const int centred = codes[n * c.k + k] - (c.symmetric ? 1 << (c.bits - 1) : zero[at]);
+        const double term = static_cast<double>(load_float(x.data(), c.type, m * stride + k)) * centred * scale[at];
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      check("wna16", c, load_float(y.data(), c.type, m * c.n + n), sum, magnitude, c.type);
+    }
+  }
+}
+
+void integer_gemm() {
+  const Case c = random_case(false);
+  const auto weights = random_codes(c.n * c.k, c.bits), zw = random_codes(c.n, c.bits);
+  const auto codes = random_codes(c.m * c.k, 8), offsets = random_codes(c.m, 8);
+  const auto words = packed(weights, layout::Family::kQuads, c);
+  const auto sa = filled<float>(c.m, normal), sw = filled<float>(c.n, normal), bias = filled<float>(c.n, normal);
+  std::vector<int32_t> za(offsets.begin(), offsets.end()), row_sum(c.m), col_sum(c.n);
+  for (int64_t i = 0; i < c.m * c.k; ++i) row_sum[i / c.k] += codes[i];
+  for (int64_t i = 0; i < c.n * c.k; ++i) col_sum[i / c.k] += weights[i];
+  std::vector<float> y(c.m * c.n);
+  IntegerGemm a = {};
+  a.codes = codes.data(), a.sa = sa.data(), a.za = za.data(), a.row_sum = row_sum.data(), a.w = words.data();
+  a.sw = sw.data(), a.zw = c.symmetric ? nullptr : zw.data(), a.col_sum = col_sum.data();
+  a.bias = c.biased ? bias.data() : nullptr, a.y = y.data(), a.y_type = Float::kFp32;
+  a.m = c.m, a.n = c.n, a.k = c.k, a.bits = c.bits;
+  cpu::kernels().integer_gemm(a, serial);
+  for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t n = 0; n < c.n; ++n) {
+      int64_t bracket = 0;
+      const int zero = c.symmetric ? 1 << (c.bits - 1) : zw[n];
+      for (int64_t k = 0; k < c.k; ++k) bracket += (codes[m * c.k + k] - za[m]) * (weights[n * c.k + k] - zero);
+      const double product = static_cast<double>(bracket) * sa[m] * sw[n], added = c.biased ? bias[n] : 0;
+      check("integer_gemm", c, y[m * c.n + n], product + added, std::abs(product) + std::abs(added), Float::kFp32);
+    }
+  }
+}
+
+// The transform of a run by its definition, in float64.
+std::vector<double> transformed(const std::vector<uint16_t>& x, Float type, int64_t at, int64_t count, int64_t block) {
+  std::vector<double> y(count);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < block; ++j) {
+      const double value = load_float(x.data(), type, at + i / block * block + j);
+      y[i] += __builtin_parityll(static_cast<uint64_t>(i % block & j)) != 0 ? -value : value;
+    }
+    y[i] /= std::sqrt(static_cast<double>(block));
+  }
+  return y;
+}
+
+void rows() {
+  Case c = random_case(false);
+  const int64_t block = int64_t{1} << between(0, 6);
+  c.m = between(1, 6), c.k = block * between(1, 9), c.bits = static_cast<int>(between(2, 8));
+  const int64_t stride = c.k + between(0, 7);
+  const auto x = random_halves((c.m - 1) * stride + c.k, c.type);
+  std::vector<uint8_t> codes(c.m * c.k);
+  std::vector<float> scale(c.m);
+  std::vector<int32_t> zero(c.m), row_sum(c.m);
+  Quantize q = {};
+  q.x = x.data(), q.x_type = c.type, q.x_stride = stride, q.codes = codes.data(), q.scale = scale.data();
+  q.zero = zero.data(), q.row_sum = row_sum.data(), q.m = c.m, q.k = c.k, q.block = block, q.bits = c.bits;
+  q.symmetric = c.symmetric;
+  cpu::kernels().quantize(q, serial);
+  const auto dense = random_halves(c.m * c.k, c.type);
+  std::vector<uint16_t> y(c.m * c.k);
+  cpu::kernels().hadamard({dense.data(), y.data(), c.type, c.m, c.k, block}, serial);
+  for (int64_t m = 0; m < c.m; ++m) {
+    const auto exact = transformed(x, c.type, m * stride, c.k, block);
+    const auto turned = transformed(dense, c.type, m * c.k, c.k, block);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < c.k; ++k) {
+      const double value = (codes[m * c.k + k] - zero[m]) * static_cast<double>(scale[m]);
+      if (std::abs(value - exact[k]) > 1.01 * scale[m]) fail("quantize", c, value, exact[k]);
+      check("hadamard", c, load_float(y.data(), c.type, m * c.k + k), turned[k], 10, c.type);
+      sum += codes[m * c.k + k];
+    }
+    if (sum != row_sum[m]) fail("row_sum", c, row_sum[m], sum);
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int64_t cases = std::atoll(arguments[1]);
+  const uint64_t seed = std::strtoull(arguments[2], nullptr, 10);
+  generator.seed(seed);
+  std::printf("%s, seed %llu\n", cpu::choose_isa(std::getenv("SLIDERQUANT_ISA")).c_str(),
+              static_cast<unsigned long long>(seed));
+  for (int64_t i = 0; i < cases; ++i) {
+    wna16();
+    integer_gemm();
+    rows();
+  }
+  return 0;
+}
