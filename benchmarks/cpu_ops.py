@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class Contender:
     dense: torch.Tensor  # [BASE_ROWS or N, K] float64: the weights that it stands for
     run: Callable[[int, torch.Tensor], torch.Tensor]  # (copy, x [M, K]) -> [M, N]
     copies: int
+
+    @property
+    def kind(self) -> str:
+        """Of its multiplications, as its name says: of bf16, or of int8 where activations have 8 bits or fewer."""
+        return "int8" if re.search(r"A[48]\b", self.name) else "bf16"
 
 
 @dataclass(frozen=True)

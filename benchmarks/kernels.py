@@ -10,6 +10,7 @@ it stands for, so it holds what the op adds, and not what quantizing the weights
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -17,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 GIGA = 1e9
+KINDS = ("bf16", "int8")  # of multiplications
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -29,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=21, help="calls that a median is taken of")
     parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--plot", type=Path, help="draw the rooflines here, a picture")
     parser.add_argument("--cpu", action="store_true", help="compare on the CPU although there is a GPU")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -56,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         show(result)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
+    if args.plot:
+        draw(results, args.plot)
 
 
 def run_worker(args: argparse.Namespace, threads: int) -> dict:
@@ -87,13 +93,14 @@ def measure(args: argparse.Namespace) -> dict:
                 result["absent"][name] = str(reason)
         for m in args.m:
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
-            bandwidth = read_bandwidth()
+            limits = {"read_gb_per_s": read_bandwidth()} | peaks(threads)
             for contender, seconds in zip(contenders, time_in_turns(contenders, x, args.repeats), strict=True):
                 row = {"op": contender.name, "n": n, "k": k, "m": m, "ms": seconds * 1e3}
                 row["gb_per_s"] = contender.bytes / seconds / GIGA
-                row["read_gb_per_s"] = bandwidth
+                row["operations"] = 2 * m * n * k
+                row["kind"] = contender.kind
                 row["error"] = error_of(contender, x)
-                result["rows"].append(row)
+                result["rows"].append(row | limits)
     return result
 
 
@@ -113,6 +120,57 @@ def read_bandwidth() -> float:
         for reduce in (torch.sum, torch.amax, lambda values: torch.dot(values, values))
         for _ in range(3)
     )
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Billions of operations per second out of registers, all threads together: what no kernel can exceed."""
+    from sliderquant_vllm import ops
+
+    found = {}
+    for kind in KINDS:
+        with contextlib.suppress(ValueError), ThreadPoolExecutor(threads) as pool:
+            each = pool.map(lambda _, kind=kind: ops.host().peak(kind, 0.05), range(threads))
+            found[f"{kind}_gop_per_s"] = sum(each) / GIGA
+    return found
+
+
+def fraction(row: dict) -> float:
+    """Of the speed that the machine allows: of reading the weights, or of multiplying, whichever takes longer."""
+    least = row["gb_per_s"] * row["ms"] / row["read_gb_per_s"]
+    if peak := row.get(f"{row['kind']}_gop_per_s"):
+        least = max(least, row["operations"] / peak / 1e6)
+    return least / row["ms"]
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Operations per second over operations per byte of weights, under the roofs of memory and arithmetic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 5), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        rows = [row for row in result["rows"] if row["n"] == result["rows"][0]["n"]]
+        for op in dict.fromkeys(row["op"] for row in rows):
+            points = [row for row in rows if row["op"] == op]
+            intensity = [row["operations"] / (row["gb_per_s"] * row["ms"] * 1e6) for row in points]
+            speed = [row["operations"] / row["ms"] / 1e6 for row in points]
+            ours = op.startswith("sliderquant")
+            axis.loglog(intensity, speed, "o-" if ours else "x--", label=op, linewidth=1.5 if ours else 1)
+        read, low, high = rows[0]["read_gb_per_s"], 0.5, 4096
+        roofs = {"bf16": rows[0].get("bf16_gop_per_s"), "int8": rows[0].get("int8_gop_per_s")}
+        for kind, peak in roofs.items():
+            if peak:
+                axis.loglog([low, peak / read, high], [low * read, peak, peak], "k-", linewidth=0.8)
+                axis.annotate(f"{kind}: {peak:,.0f} Gop/s", (high, peak), ha="right", va="bottom", fontsize=8)
+        shape = f"N={rows[0]['n']} K={rows[0]['k']}"
+        axis.set(
+            xlabel="operations per byte of weights", ylabel="Gop/s", title=f"{shape}, {result['threads']} thread(s)"
+        )
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def timed(function, *arguments) -> float:
@@ -140,6 +198,10 @@ def error_of(contender, x) -> float:
     return relative_error(contender.run(0, x)[:16, : exact.shape[1]], exact)
 
 
+def peak_text(row: dict) -> str:
+    return "".join(f", {kind} {row[f'{kind}_gop_per_s']:,.0f} Gop/s" for kind in KINDS if f"{kind}_gop_per_s" in row)
+
+
 def show(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -154,8 +216,9 @@ def show(result: dict) -> None:
         found = {(row["op"], row["m"]): row for row in of_shape}
         read = max(row["read_gb_per_s"] for row in of_shape)
         table = Table(
-            title=f"N={n} K={k}, {result['threads']} thread(s), {result['isa']}; memory reads {read:.1f} GB/s\n"
-            "ms, times as fast as bf16, GB/s of weights",
+            title=f"N={n} K={k}, {result['threads']} thread(s), {result['isa']}; memory reads {read:.1f} GB/s"
+            f"{peak_text(of_shape[0])}\n"
+            "ms, times as fast as bf16, share of what reading or multiplying allows",
         )
         for column in ("op", *(f"M={m}" for m in tokens), "error"):
             table.add_column(column, justify="left" if column == "op" else "right")
@@ -164,7 +227,7 @@ def show(result: dict) -> None:
             for m in tokens:
                 row, baseline = found[op, m], found.get((BASELINE, m))
                 ratio = f"{baseline['ms'] / row['ms']:.2f}x" if baseline else "-"
-                cells.append(f"{row['ms']:.3f} {ratio:>6} {row['gb_per_s']:5.1f}")
+                cells.append(f"{row['ms']:.3f} {ratio:>6} {fraction(row):4.0%}")
             table.add_row(op, *cells, f"{max(found[op, m]['error'] for m in tokens):.1e}")
         console.print(table)
     for name, reason in result["absent"].items():

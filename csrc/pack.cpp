@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/features.h"
+#include "cpu/peak.h"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -107,6 +108,16 @@ std::map<std::string, bool> cpu_features() {
   return {present.begin(), present.end()};
 }
 
+double peak(const std::string& kind, double seconds) {
+#ifdef SLIDERQUANT_X86
+  if (cpu::supports("avx512") && (kind == "bf16" || kind == "int8")) {
+    py::gil_scoped_release release;
+    return kind == "bf16" ? cpu::peak_bf16(seconds) : cpu::peak_int8(seconds);
+  }
+#endif
+  throw py::value_error("peak: expected bf16 or int8 on a machine that runs the avx512 kernels, found " + kind);
+}
+
 }  // namespace
 }  // namespace sliderquant
 
@@ -119,6 +130,9 @@ PYBIND11_MODULE(_host, module) {
   module.def("cpu_features", &cpu_features, "Feature name -> whether this machine has it.");
   module.def("isa", [] { return cpu::choose_isa(std::getenv("SLIDERQUANT_ISA")); },
              "The instruction set that the kernels use in this process.");
+
+  module.def("peak", &peak, py::arg("kind"), py::arg("seconds"),
+             "Operations per second of one thread multiplying bf16 or int8 out of registers. Raises ValueError.");
 
   // The index functions themselves, for the tests that walk them exhaustively.
   module.def("period_words", &layout::period_words, py::arg("bits"));

@@ -1,0 +1,47 @@
+import pytest
+
+from benchmarks.kernels import draw, fraction, peaks
+from sliderquant_vllm import ops
+
+
+def row(op: str, kind: str, m: int, ms: float) -> dict:
+    """A weight of 8 MB, read by a machine of 40 GB/s in 0.2 ms."""
+    limits = {"read_gb_per_s": 40.0, "bf16_gop_per_s": 500.0, "int8_gop_per_s": 1000.0}
+    moved = 8e6 / (ms * 1e-3) / 1e9
+    return (
+        {"op": op, "kind": kind, "n": 4096, "k": 4096, "m": m, "ms": ms, "gb_per_s": moved}
+        | limits
+        | {"operations": 2 * m * 4096 * 4096}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "m", "ms", "expected"),
+    [("bf16", 1, 0.25, 0.8), ("bf16", 256, 20.0, 0.859), ("int8", 256, 10.0, 0.859), ("int8", 256, 20.0, 0.4295)],
+)
+def test_a_share_is_that_of_the_tighter_limit(kind, m, ms, expected):
+    assert fraction(row("ours", kind, m, ms)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_a_measured_peak_memory_is_the_limit():
+    measured = row("ours", "bf16", 256, 20.0)
+    del measured["bf16_gop_per_s"]
+    assert fraction(measured) == pytest.approx(0.01)
+
+
+def test_rooflines_are_drawn(tmp_path):
+    rows = [
+        row(op, kind, m, 0.3 * m) for op, kind in (("sliderquant W4A16", "bf16"), ("W8A8", "int8")) for m in (1, 16)
+    ]
+    draw([{"threads": 1, "rows": rows}, {"threads": 2, "rows": rows}], tmp_path / "roofs.png")
+    assert (tmp_path / "roofs.png").stat().st_size > 10_000
+
+
+def test_peaks_are_those_of_all_threads():
+    if not ops.host().cpu_features().get("avx512bf16"):
+        assert peaks(1) == {}
+        return
+    one = peaks(1)
+    assert one["int8_gop_per_s"] > 1.2 * one["bf16_gop_per_s"] > 0
+    with pytest.raises(ValueError, match="expected bf16 or int8"):
+        ops.host().peak("fp64", 0.01)
