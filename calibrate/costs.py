@@ -120,7 +120,7 @@ def counts(recipe: Recipe, blocks: int) -> Counts:
                 found.quantized += (held + new - 1) * starts
             first, end = each.window.first, each.window.last + 1
             found.epochs += each.epochs * (end - first)
-            found.states += end - first
+            found.states += (end - first) * bool(each.epochs)
     if recipe.tunes:
         found.tuned = recipe.end_to_end_epochs * blocks
         found.built += blocks

@@ -100,9 +100,9 @@ class _Sweep:
         self.ratio = 1.0  # at which the blocks of the window were last optimised
         self.stored = {"inputs": 0, "targets": 0}  # blocks that each stream had passed when it was last stored
 
-    def put(self) -> None:
-        """Store what this window left and what going on behind it takes."""
-        for index, block in enumerate(self.blocks, self.first):
+    def put(self, learned: bool) -> None:
+        """Store what this window left, if its blocks learned, and what going on behind it takes."""
+        for index, block in enumerate(self.blocks if learned else (), self.first):
             self.store.put_state(index, block.state())
         passed = {"inputs": self.first, "targets": self.first + len(self.blocks)}
         for name in passed:
@@ -279,7 +279,7 @@ def calibrate(
                 at.results.append((each, result))
                 progress.window_done(result)
             sweep.ratio = each.ratio
-            sweep.put()
+            sweep.put(learned=bool(each.epochs))
             done += 1
             store.commit(Position(number, done, model.bits, at.results).to_dict())
         if is_last:

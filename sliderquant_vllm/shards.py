@@ -114,7 +114,7 @@ class Reader:
         try:
             with safe_open(path, framework="pt") as shard:
                 return shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last one: too little memory to map the file
             raise FormatError(
                 f"{path}: {name} cannot be read ({_one_line(error)}); copy or download the file again"
             ) from None

@@ -88,6 +88,12 @@ def test_a_dry_run_writes_nothing_and_reads_no_weights(tmp_path, source, argv, r
     assert "on this machine" in output and "all together" in output
 
 
+def test_only_the_first_of_several_ranks_prints(argv, roughly, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main([*argv, "--dry-run"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_every_problem_is_told_at_once(tmp_path, argv, roughly, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
