@@ -1,5 +1,5 @@
-// Activations of a block of tokens, channel by channel: what the blocked AVX512 products read. Included by files
-// compiled for AVX512 only.
+// What the AVX512 products read of the activations: rows split into bf16 terms, sums of their groups, and blocks of
+// tokens channel by channel. Included by files compiled for AVX512 only.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../numeric.h"
 #include "avx512.h"
 
 namespace sliderquant::cpu::avx512 {
@@ -56,6 +57,35 @@ inline void pack_tokens(const void* rows, int64_t row_bytes, int64_t tokens, int
     for (int64_t word = 0; word < count; ++word) {
       _mm512_mask_storeu_epi32(packed + word * word_stride, existing, r[word]);
     }
+  }
+}
+
+// Splits a row of fp16 into two bf16 terms whose sum it is, exactly: 11 significant bits are at most 8 and the rest.
+inline void split_row(const uint16_t* x, int64_t k_count, uint16_t* high, uint16_t* low) {
+  for (int64_t k = 0; k < k_count; k += 16) {
+    const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k)));
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+    const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+    // Infinities and NaN stay in the first term alone: inf - inf would turn an overflow into a NaN.
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(back), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, value, back);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + k), rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + k), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest)));
+  }
+}
+
+// sums[g * stride] for every group g of a row.
+inline void sum_groups(const uint16_t* x, Float type, int64_t groups, int64_t group, int64_t stride, float* sums) {
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = g * group; k < (g + 1) * group; k += 16) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      const __m512 value = type == Float::kFp16
+                               ? _mm512_cvtph_ps(half)
+                               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      sum = _mm512_add_ps(sum, value);
+    }
+    sums[g * stride] = _mm512_reduce_add_ps(sum);
   }
 }
 
