@@ -24,7 +24,6 @@ from calibrate.quantizer import (
 )
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, LinearScheme
-from sliderquant_vllm.ops import hadamard_reference
 
 SCALE_FLOOR = 1e-2
 
@@ -123,7 +122,7 @@ class CalibrationLinear(nn.Module):
         self.computed = (weight, bias, channels)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        return x if self.hadamard is None else hadamard_reference(x.float(), self.hadamard)
+        return x if self.hadamard is None else products.hadamard(x.float(), self.hadamard)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         x = self.transform_input(x)

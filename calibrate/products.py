@@ -1,4 +1,4 @@
-"""Matrix products of the calibration."""
+"""Matrix products of the calibration, one with a Hadamard matrix among them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from sliderquant_vllm import ops
 
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 _rough = False  # inside ``rough_gradients``
@@ -79,6 +81,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _Linear.apply(x, weight, bias, _rough and learns)
+
+
+class _Hadamard(torch.autograd.Function):
+    """Its matrix is symmetric: a gradient is transformed as the input was."""
+
+    @staticmethod
+    def forward(ctx, x, block_size):
+        ctx.block_size = block_size
+        return ops.hadamard(x, block_size)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ops.hadamard(grad, ctx.block_size), None
+
+
+def hadamard(x: Tensor, block_size: int) -> Tensor:
+    """``sliderquant_vllm.ops.hadamard`` of fp32, with a gradient."""
+    ops.load()
+    return _Hadamard.apply(x, block_size)
 
 
 def gram(rows: Tensor) -> Tensor:

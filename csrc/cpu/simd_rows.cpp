@@ -136,6 +136,9 @@ void store_row(const float* row, Float type, int64_t at, int64_t count, void* y)
   if (type == Float::kBf16) {
     auto* to = static_cast<uint16_t*>(y) + at;
     for (; k + kLanes <= count; k += kLanes) store(to + k, to_bf16(load<Floats>(row + k)));
+  } else if (type == Float::kFp32) {
+    std::copy(row, row + count, static_cast<float*>(y) + at);
+    return;
   }
   for (; k < count; ++k) store_float(y, type, at + k, row[k]);
 }
