@@ -90,14 +90,18 @@ def test_wna16_gemm_keeps_fp16_overflow_infinite(isa):
         assert torch.all(y == float("inf"))
 
 
+APART = (0, 15, 15, -15, 3, -37, -126, 0, 30, 0, -2, 60) * 2
+
+
 @pytest.mark.parametrize("m", [1, 5, 30])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-def test_wna16_gemm_with_scales_far_apart(isa, symmetric, m):
+@pytest.mark.parametrize("exponents", [APART, range(108, -108, -9), range(-108, 108, 9)], ids=["apart", "down", "up"])
+def test_wna16_gemm_with_scales_far_apart(isa, exponents, symmetric, m):
     weight = random_weight(40, 768, 4, 32, symmetric)
-    exponents = torch.tensor([0, 15, 15, -15, 3, -37, -126, 0, 30, 0, -2, 60] * 2)
-    weight.scale *= torch.exp2(exponents.float())[:, None]
-    weight.scale[4, ::3] = 0
-    weight.scale[9] = 0
+    weight.scale *= torch.exp2(torch.tensor([*exponents]).float())[:, None]
+    if exponents is APART:
+        weight.scale[4, ::3] = 0
+        weight.scale[9] = 0
     x = torch.randn(m, 768).bfloat16()
     y = ops.wna16_gemm(x, ops.repack(weight.packed, 4), weight.scale, weight.zero, None, 4, 32)
     exact, magnitude = x.double() @ weight.dense.T, x.double().abs() @ weight.dense.abs().T

@@ -89,7 +89,9 @@ void direct_tile(const Wna16& a, const Activations& x, int64_t panel, int64_t ti
     Floats sum[Tokens][kVectors][kChains] = {};
     for (int64_t k = 0; k < a.group; k += layout::period_codes(Bits)) {
       unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + V * kLanes) + kPrefetchBytes);
+        unroll<layout::period_words(Bits)>([&]<int D>() SLIDERQUANT_INLINE {
+          __builtin_prefetch(reinterpret_cast<const char*>(w + D * kPanelRows + V * kLanes) + kPrefetchBytes);
+        });
         expand<Bits>(w + V * kLanes, lookup, [&]<int J>(Floats value) SLIDERQUANT_INLINE {
           unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
             sum[M][V][J % kChains] += splat(x_k[J * Tokens + M]) * value;

@@ -29,7 +29,7 @@ static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
 constexpr int kPairsPerTurn = 4;
 static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be whole turns");
 
-constexpr float kFarScale = 1 << 20;  // a scale this many times another one: sums are not converted between the two
+constexpr float kFarScale = 1 << 20;  // scales further apart than this never have one sum in common
 
 constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
 
@@ -200,21 +200,28 @@ BlockRun block_run_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
 }
 
 // Loads the scales of the groups [first, first + count) of a panel. Returns where runs end: bit i is set where group
-// i + 1 is the first of a run, because its scale is too far from that of group i to count in its units.
+// i + 1 is the first of a run, because its scale is too far from that of the last run's first group.
 uint32_t load_block_scales(const Wna16& a, int64_t first, int64_t count, int64_t n0, BlockScale* scales) {
+  const auto is_far = [](__m512 ratio) SLIDERQUANT_INLINE -> __mmask16 {  // or no number
+    const __mmask16 low = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(1 / kFarScale), _CMP_NGE_UQ);
+    return low | _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(kFarScale), _CMP_NLE_UQ);
+  };
   uint32_t ends = 0;
+  int64_t begin = 0;  // of the run
   for (int64_t i = 0; i < count; ++i) {
     prefetch_scale(a, first + i + kScalePrefetch, n0);
+    bool ends_before = false;
     for (int t = 0; t < kTiles; ++t) {
       const int64_t n = n0 + t * layout::kVectorRows;
-      scales[i].scale[t] = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + (first + i) * a.n + n);
+      const __m512 scale = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + (first + i) * a.n + n);
+      scales[i].scale[t] = scale;
       if (i == 0) continue;
-      const __m512 ratio = _mm512_div_ps(scales[i - 1].scale[t], scales[i].scale[t]);
-      scales[i - 1].to_next[t] = ratio;
-      const __mmask16 low = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(1 / kFarScale), _CMP_NGE_UQ);
-      const __mmask16 high = _mm512_cmp_ps_mask(ratio, _mm512_set1_ps(kFarScale), _CMP_NLE_UQ);
-      if (((low | high) & tail_mask(n, a.n)) != 0) ends |= 1u << (i - 1);
+      scales[i - 1].to_next[t] = _mm512_div_ps(scales[i - 1].scale[t], scale);
+      ends_before |= (is_far(_mm512_div_ps(scales[begin].scale[t], scale)) & tail_mask(n, a.n)) != 0;
     }
+    if (!ends_before) continue;
+    ends |= 1u << (i - 1);
+    begin = i;
   }
   return ends;
 }
