@@ -4,11 +4,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "../layout.h"
-
-#define SLIDERQUANT_INLINE __attribute__((always_inline))
+#include "blocking.h"
 
 namespace sliderquant::cpu::avx512 {
 
@@ -18,25 +16,10 @@ static_assert(kTiles == 2, "the register blocking counts on two registers per pa
 constexpr int kDirectTokens = 4;  // up to here expanding weights into scratch costs more than it saves
 constexpr int kBlockTokens = 12;  // 12 * 2 accumulators + 2 weights + 1 broadcast of the 32 registers
 static_assert(kBlockTokens * kTiles + kTiles + 1 <= 32, "a block of tokens must fit the register file");
-
-// Tokens that share one expansion of the weights; their sums of one panel take 32 KB.
-constexpr int kSuperTokens = 256;
+using TokenBlocks = Blocks<kBlockTokens>;
 
 // Panels that meet a chunk of the activations while that is in L2, beside their sums.
 constexpr int kSharingPanels = 8;
-
-// Ahead of the stream of weights: hardware prefetchers stop at each 4 KB page, and one core keeps a memory of 40 GB/s
-// and 100 ns busy only with more than 4 KB under way. Measured best from 12 KB on.
-constexpr int kPrefetchBytes = 16384;
-
-// f.operator()<0>(), f.operator()<1>(), ... Loops over arrays of registers must be unrolled like this: unrolled by the
-// optimizer, they come too late for it to keep the array out of memory.
-template <int Count, class F>
-SLIDERQUANT_INLINE inline void unroll(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) SLIDERQUANT_INLINE {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, Count>{});
-}
 
 // Prefetches the weights of one period of a panel, kPrefetchBytes further on; into the next panel at the end of one.
 template <int Bits>
@@ -90,9 +73,5 @@ inline int64_t panel_grain(int64_t tokens, int64_t in_features) {
   constexpr int64_t kGrainProducts = 1 << 19;
   return 1 + kGrainProducts / (layout::kPanelRows * tokens * in_features);
 }
-
-// Blocks of tokens are nearly equal: 16 tokens run as 8 + 8, not as 12 + 4.
-inline int64_t block_count(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
-inline int64_t block_begin(int64_t tokens, int64_t block) { return tokens * block / block_count(tokens); }
 
 }  // namespace sliderquant::cpu::avx512

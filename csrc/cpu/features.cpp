@@ -11,7 +11,7 @@ struct Isa {
   std::vector<const char*> needs;
 };
 
-// Best first. A new instruction set is one row here, one in dispatch.cpp, and its kernel files or a rung in CMakeLists.txt.
+// Best first. A new instruction set is one row here, one in dispatch.cpp, and a rung in CMakeLists.txt.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = {
 #ifdef SLIDERQUANT_X86

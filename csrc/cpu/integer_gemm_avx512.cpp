@@ -128,7 +128,7 @@ void direct_panel(const IntegerGemm& a, int64_t panel) {
   constexpr int kChains = Tokens == 1 ? std::min(4, kQuads) : std::min(2, kQuads);
   const Expand<Bits> expand;
   const int64_t n0 = panel * layout::kPanelRows;
-  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+  const uint32_t* w = chunk_words<Bits>(a.w, a.k, panel, 0);
 
   __m512i sum[Tokens][kTiles][kChains];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
@@ -220,8 +220,8 @@ void block_panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, i
     for (int64_t panel = begin; panel < end; ++panel) {
       expand_chunk<Bits>(chunk_words<Bits>(a.w, a.k, panel, k0), chunk, expanded);
       Ahead ahead = chunk_after<Bits>(a.w, a.k, begin, panel, end, k0, chunk);
-      for (int64_t block = 0; block < block_count(a.m); ++block) {
-        const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+      for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
+        const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
         block_chunk_of(count, std::make_integer_sequence<int, kBlockTokens>{})(
             expanded, chunk / 4, blocks + (k0 * a.m + m * chunk) / 4,
             sums + (panel - begin) * panel_sums + m * layout::kPanelRows, ahead);
@@ -277,7 +277,8 @@ Panels panels_of(int bits) {
   }
 }
 
-// Packs the codes of the tokens [begin, end), which are a block, into [chunks of k][blocks of tokens][quad of k][token].
+// Packs the codes of the tokens [begin, end), which are a block, into
+// [chunks of k][blocks of tokens][quad of k][token].
 void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0), count = end - begin;
@@ -291,9 +292,9 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
   uint32_t* blocks = nullptr;
   if (a.m > kDirectTokens) {
     blocks = pack.get<uint32_t>(a.m * a.k / 4);
-    parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        pack_block(a, block_begin(a.m, block), block_begin(a.m, block + 1), blocks);
+        pack_block(a, TokenBlocks::begin(a.m, block), TokenBlocks::begin(a.m, block + 1), blocks);
       }
     });
   }
@@ -305,17 +306,7 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
 }  // namespace
 
 void integer_gemm(const IntegerGemm& a, Parallel parallel) {
-  const int64_t y_size = a.y_type == Float::kFp32 ? 4 : 2;
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    IntegerGemm part = a;
-    part.codes += m0 * a.k;
-    part.sa += m0;
-    part.za += m0;
-    part.row_sum += m0;
-    part.y = static_cast<char*>(a.y) + m0 * a.n * y_size;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    super_block(part, parallel);
-  }
+  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, parallel); });
 }
 
 }  // namespace sliderquant::cpu::avx512

@@ -7,7 +7,6 @@
 namespace sliderquant::cpu {
 namespace {
 
-using avx512::unroll;
 using Clock = std::chrono::steady_clock;
 
 constexpr int kSums = 24;  // as many as the kernels have

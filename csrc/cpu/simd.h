@@ -1,19 +1,17 @@
-// Vectors for the kernels that are compiled once for each plain instruction set: portable, AVX2, AVX512 without VNNI and
-// BF16. SLIDERQUANT_LANES says how many 32-bit lanes a register has there, SLIDERQUANT_RUNG in which namespace they live.
+// Vectors for the kernels that are compiled once for each instruction set. SLIDERQUANT_LANES says how many 32-bit lanes
+// a register has there, SLIDERQUANT_RUNG in which namespace they live.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #ifdef SLIDERQUANT_X86
 #include <immintrin.h>
 #endif
 
 #include "../layout.h"
-
-#define SLIDERQUANT_INLINE __attribute__((always_inline))
+#include "blocking.h"
 
 namespace sliderquant::cpu::SLIDERQUANT_RUNG {
 namespace {
@@ -28,16 +26,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 constexpr int kVectors = std::min(layout::kPanelRows / kLanes, 4);
 constexpr int kTileRows = kVectors * kLanes;
 constexpr int kTileTokens = kLanes == 16 ? 12 : 3;
-
-constexpr int kPrefetchBytes = 16384;  // ahead of the stream of weights, see avx512.h
-
-// f.operator()<0>(), f.operator()<1>(), ... so that arrays of registers stay in registers.
-template <int Count, class F>
-SLIDERQUANT_INLINE inline void unroll(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) SLIDERQUANT_INLINE {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, Count>{});
-}
+using TokenBlocks = Blocks<kTileTokens>;
 
 template <class Vector, class Element>
 SLIDERQUANT_INLINE inline Vector load(const Element* from) {
@@ -72,10 +61,6 @@ SLIDERQUANT_INLINE inline Words codes_at(const Words* words) {
   });
   return codes;
 }
-
-// Blocks of tokens are nearly equal.
-inline int64_t block_count(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
-inline int64_t block_begin(int64_t tokens, int64_t block) { return tokens * block / block_count(tokens); }
 
 }  // namespace
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

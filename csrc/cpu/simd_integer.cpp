@@ -15,7 +15,6 @@ namespace {
 using layout::kPanelRows;
 
 constexpr int kChunk = 256;  // input channels per expansion: 32 * 256 * 2 bytes
-constexpr int kSuperTokens = 256;
 static_assert(kChunk % layout::kBlockCodes == 0, "a chunk must hold whole periods of every width");
 
 // In each lane the sum of the products of two pairs of 16-bit integers from 0 to 255.
@@ -99,8 +98,8 @@ void panel_sums(const IntegerGemm& a, const uint32_t* blocks, int64_t panel, uin
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
     const int64_t period = k0 / layout::period_codes(a.bits);
     expand_chunk_of(a.bits, a.w + layout::word_index(a.bits, a.k, panel * kPanelRows, period, 0), chunk, expanded);
-    for (int64_t block = 0; block < block_count(a.m); ++block) {
-      const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+    for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
+      const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
       const BlockChunk run = block_chunk_of(count, std::make_integer_sequence<int, kTileTokens>{});
       for (int64_t tile = 0; tile < kPanelRows; tile += kTileRows) {
         run(expanded + tile, chunk / 2, blocks + (k0 * a.m + m * chunk) / 2, sums + m * kPanelRows + tile);
@@ -129,9 +128,9 @@ void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* bloc
 void super_block(const IntegerGemm& a, Parallel parallel) {
   thread_local Scratch pack;
   auto* blocks = pack.get<uint32_t>(a.m * a.k / 2);
-  parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      pack_block(a, block_begin(a.m, block), block_begin(a.m, block + 1), blocks);
+      pack_block(a, TokenBlocks::begin(a.m, block), TokenBlocks::begin(a.m, block + 1), blocks);
     }
   });
   parallel_for(parallel, layout::panels(a.n), 1, [&](int64_t begin, int64_t end) {
@@ -153,17 +152,7 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
 }  // namespace
 
 void integer_gemm(const IntegerGemm& a, Parallel parallel) {
-  const int64_t y_size = a.y_type == Float::kFp32 ? 4 : 2;
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    IntegerGemm part = a;
-    part.codes += m0 * a.k;
-    part.sa += m0;
-    part.za += m0;
-    part.row_sum += m0;
-    part.y = static_cast<char*>(a.y) + m0 * a.n * y_size;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    super_block(part, parallel);
-  }
+  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, parallel); });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

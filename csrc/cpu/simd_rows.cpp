@@ -1,8 +1,8 @@
-// Ops on the rows of x: the Hadamard transform and per-token quantization, alone or one after the other without rounding
-// in between. For every instruction set.
+// Ops on the rows of x: the Hadamard transform and per-token quantization, alone or one after the other without
+// rounding in between. For every instruction set.
 //
-// Quantization is bit for bit the reference: IEEE division, round half to even. A NaN gets code 0 and does not widen the
-// range.
+// Quantization is bit for bit the reference: IEEE division, round half to even. A NaN gets code 0 and does not widen
+// the range.
 #include <cmath>
 
 #include "../formula.h"

@@ -16,7 +16,6 @@ namespace {
 using layout::kPanelRows;
 
 constexpr int kChunk = 256;  // input channels per expansion: 32 * 256 * 4 bytes, an L1
-constexpr int kSuperTokens = 256;
 
 // From code to code - 2^(bits-1) in fp32. A register that has a lane for each code serves as a table, whose index may
 // have any bits above.
@@ -172,8 +171,8 @@ void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Look
         });
         w += layout::period_words(Bits) * kPanelRows;
       }
-      for (int64_t block = 0; block < block_count(a.m); ++block) {
-        const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+      for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
+        const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
         const BlockGroup run = block_group_of(count, std::make_integer_sequence<int, kTileTokens>{});
         const float* x_block = x.blocks + k0 * a.m + m * chunk + first * count;
         for (int64_t tile = 0; tile < kPanelRows; tile += kTileRows) {
@@ -227,9 +226,9 @@ void super_block(const Wna16& a, Parallel parallel) {
   thread_local Scratch pack;
   const int64_t groups = a.k / a.group;
   auto* blocks = pack.get<float>(a.m * (a.k + groups));
-  parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      pack_block(a, block_begin(a.m, block), block_begin(a.m, block + 1), blocks);
+      pack_block(a, TokenBlocks::begin(a.m, block), TokenBlocks::begin(a.m, block + 1), blocks);
     }
   });
   float* group_sum = blocks + a.m * a.k;
@@ -256,13 +255,7 @@ void super_block(const Wna16& a, Parallel parallel) {
 }  // namespace
 
 void wna16(const Wna16& a, Parallel parallel) {
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    Wna16 part = a;
-    part.x += m0 * a.x_stride;
-    part.y += m0 * a.n;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    super_block(part, parallel);
-  }
+  for_super_tokens(a, [&](const Wna16& part) { super_block(part, parallel); });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

@@ -112,7 +112,7 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
   const int64_t periods = a.group / layout::period_codes(Bits);
   const int64_t n0 = panel * layout::kPanelRows;
   const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + 16, a.n)};
-  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
+  const uint32_t* w = chunk_words<Bits>(a.w, a.k, panel, 0);
 
   __m512 y[Tokens][kTiles];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { y[M][0] = y[M][1] = _mm512_setzero_ps(); });
@@ -264,8 +264,8 @@ void block_panels(const Wna16& a, const Activations& x, int64_t begin, int64_t e
       expand_chunk(a, panel, k0, chunk, expand, expanded);
       Ahead ahead = chunk_after<Bits>(a.w, a.k, begin, panel, end, k0, chunk);
       const uint32_t ends = load_block_scales(a, k0 / a.group, parts, n0, scales);
-      for (int64_t block = 0; block < block_count(a.m); ++block) {
-        const int64_t m = block_begin(a.m, block), count = block_begin(a.m, block + 1) - m;
+      for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
+        const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
         const BlockRun run = block_run_of<Terms>(count, std::make_integer_sequence<int, kBlockTokens>{});
         const uint32_t* x_block = x.blocks + (k0 * a.m + m * chunk) / 2 * Terms;
         for (int64_t first = 0, last; first < parts; first = last + 1) {
@@ -360,9 +360,9 @@ void super_block(const Wna16& a, Parallel parallel) {
   uint32_t* blocks = a.m > kDirectTokens ? pack.get<uint32_t>(a.m * a.k / 2 * terms) : nullptr;
   float* group_sum = a.zero != nullptr && a.m <= kDirectTokens ? sums.get<float>(a.m * groups) : nullptr;
   if (fp16 || blocks != nullptr || group_sum != nullptr) {
-    parallel_for(parallel, block_count(a.m), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t m0 = block_begin(a.m, block), m1 = block_begin(a.m, block + 1);
+        const int64_t m0 = TokenBlocks::begin(a.m, block), m1 = TokenBlocks::begin(a.m, block + 1);
         for (int64_t m = m0; m < m1; ++m) {
           const uint16_t* row = a.x + m * a.x_stride;
           if (fp16) split_row(row, a.k, high + m * a.k, high + (a.m + m) * a.k);
@@ -382,13 +382,7 @@ void super_block(const Wna16& a, Parallel parallel) {
 }  // namespace
 
 void wna16(const Wna16& a, Parallel parallel) {
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    Wna16 part = a;
-    part.x += m0 * a.x_stride;
-    part.y += m0 * a.n;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    super_block(part, parallel);
-  }
+  for_super_tokens(a, [&](const Wna16& part) { super_block(part, parallel); });
 }
 
 }  // namespace sliderquant::cpu::avx512

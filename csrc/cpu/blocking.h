@@ -1,0 +1,65 @@
+// How the CPU kernels cut their work, the same for every instruction set. All of it is inlined: of a function that
+// files with different flags emit, only one copy would be kept.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "../args.h"
+
+#define SLIDERQUANT_INLINE __attribute__((always_inline))
+
+namespace sliderquant::cpu {
+
+// Tokens that share one expansion of the weights; their sums of one panel take 32 KB.
+constexpr int kSuperTokens = 256;
+
+// Ahead of the stream of weights: hardware prefetchers stop at each 4 KB page, and one core keeps a memory of 40 GB/s
+// and 100 ns busy only with more than 4 KB under way. Measured best from 12 KB on.
+constexpr int kPrefetchBytes = 16384;
+
+// f.operator()<0>(), f.operator()<1>(), ... Loops over arrays of registers must be unrolled like this: unrolled by the
+// optimizer, they come too late for it to keep the array out of memory.
+template <int Count, class F>
+SLIDERQUANT_INLINE inline void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) SLIDERQUANT_INLINE {
+    (f.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, Count>{});
+}
+
+// Tokens in blocks of at most so many, nearly equal ones: 16 tokens run as 8 + 8, not as 12 + 4.
+template <int Most>
+struct Blocks {
+  SLIDERQUANT_INLINE static int64_t count(int64_t tokens) { return (tokens + Most - 1) / Most; }
+  SLIDERQUANT_INLINE static int64_t begin(int64_t tokens, int64_t block) { return tokens * block / count(tokens); }
+};
+
+// run(part) for the tokens of a product, up to kSuperTokens at a time.
+template <class Run>
+SLIDERQUANT_INLINE inline void for_super_tokens(const Wna16& a, Run&& run) {
+  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
+    Wna16 part = a;
+    part.x += m0 * a.x_stride;
+    part.y += m0 * a.n;
+    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
+    run(part);
+  }
+}
+
+template <class Run>
+SLIDERQUANT_INLINE inline void for_super_tokens(const IntegerGemm& a, Run&& run) {
+  const int64_t y_size = a.y_type == Float::kFp32 ? 4 : 2;
+  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
+    IntegerGemm part = a;
+    part.codes += m0 * a.k;
+    part.sa += m0;
+    part.za += m0;
+    part.row_sum += m0;
+    part.y = static_cast<char*>(a.y) + m0 * a.n * y_size;
+    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
+    run(part);
+  }
+}
+
+}  // namespace sliderquant::cpu
