@@ -1,10 +1,11 @@
-"""Tokens per second of a quantized model and of its 16-bit parent in vLLM, prefill and decode apart.
+"""Tokens per second of quantized models and of their 16-bit parent in vLLM, prefill and decode apart.
 
     python -m benchmarks.throughput --model ./quantized --batch-sizes 1 8 32
 
-Both models get the same prompts of random tokens. Each runs in a process of its own, in turns, so that a change of the
-machine's load does not fall on one of them alone. Prefill is the time to the first token of a batch; decode is what
-the further tokens take, end of sequence ignored. The engine may take a whole batch of prompts in one step.
+All models get the same prompts of random tokens. Each runs in a process of its own, in turns, so that a change of the
+machine's load does not fall on one of them alone. Models of other quantization methods may stand beside ours. Prefill
+is the time to the first token of a batch; decode is what the further tokens take, end of sequence ignored. The engine
+may take a whole batch of prompts in one step.
 """
 
 from __future__ import annotations
@@ -24,20 +25,27 @@ from typing import Any
 
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
-from sliderquant_vllm.checkpoint import read_config
-from sliderquant_vllm.format import FormatError
+from sliderquant_vllm.checkpoint import CONFIG_FILE, read_config
+from sliderquant_vllm.format import QUANT_METHOD, FormatError
+from sliderquant_vllm.shards import read_json
 
 PHASES = ("prefill", "decode")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0])
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--model", required=True, help="a quantized checkpoint")
+    parser.add_argument("--model", required=True, nargs="+", help="quantized checkpoints")
     parser.add_argument("--baseline", default="auto", help="directory or hub id; auto: the parent; none: no baseline")
+    add_settings(parser)
+    return parser.parse(argv)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how models are timed."""
+    switch = argparse.BooleanOptionalAction
     parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8, 32], help="prompts at once")
     parser.add_argument("--input-len", type=positive, default=512, help="tokens per prompt")
-    parser.add_argument("--output-len", type=positive, default=128, help="tokens generated per prompt, 2 or more")
+    parser.add_argument("--output-len", type=two_or_more, default=128, help="tokens generated per prompt, 2 or more")
     parser.add_argument("--repeats", type=positive, default=3, help="measurements in each round")
     parser.add_argument("--rounds", type=positive, default=2, help="engine starts of each model, in turns")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float16")
@@ -45,10 +53,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action=switch, default=False, help="do not compile or capture graphs")
     parser.add_argument("--output-dir", type=Path, default=Path("throughput"), help="for JSON, picture and logs")
     parser.add_argument("--plot", action=switch, default=True, help="draw a picture")
-    arguments = parser.parse(argv)
-    if arguments.output_len < 2:
-        parser.error("--output-len: expected 2 or more, because the first token belongs to prefill")
-    return arguments
 
 
 def positive(text: str) -> int:
@@ -57,17 +61,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def find_models(model: str, baseline: str) -> dict[str, str]:
+def two_or_more(text: str) -> int:
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("expected 2 or more, because the first token belongs to prefill")
+    return int(text)
+
+
+def find_models(models: list[str], baseline: str) -> dict[str, str]:
     """Label -> directory, the baseline first. Raises UserError or FormatError when there is none."""
-    _, config = read_config(model)
-    models = {f"W{config.weights.bits}A{config.activations.bits if config.activations else 16}": model}
+    labels: dict[str, str] = {}
+    for model in models:
+        name = label(model)
+        name = f"{name} {Path(model).name}" if name in labels else name
+        if name in labels:
+            raise UserError(f"--model {model}: named twice, or of one name with {labels[name]}")
+        labels[name] = model
     if baseline == "none":
-        return models
+        return labels
     if baseline == "auto":
-        baseline = config.calibration.get("model")
+        baseline = read_config(models[0])[1].calibration.get("model")
         if not isinstance(baseline, str):
             raise UserError(
-                f"--model {model}: its config names no parent; name one with --baseline, or --baseline none"
+                f"--model {models[0]}: its config names no parent; name one with --baseline, or --baseline none"
             )
     if not Path(baseline).is_dir():
         # Only now: this imports torch and transformers, and may download.
@@ -77,7 +92,16 @@ def find_models(model: str, baseline: str) -> dict[str, str]:
             baseline = str(resolve_model(baseline))
         except UserError as error:
             raise UserError(str(error).replace("--model", "--baseline", 1)) from None
-    return {"16-bit": baseline} | models
+    return {"16-bit": baseline} | labels
+
+
+def label(model: str) -> str:
+    """The scheme of a checkpoint of ours, such as W4A16; method and bits of another's."""
+    fields = read_json(Path(model) / CONFIG_FILE).get("quantization_config")
+    if isinstance(fields, dict) and fields.get("quant_method") not in (None, QUANT_METHOD):
+        return f"{fields['quant_method']} {fields['bits']}-bit" if "bits" in fields else fields["quant_method"]
+    _, config = read_config(model)
+    return f"W{config.weights.bits}A{config.activations.bits if config.activations else 16}"
 
 
 def measure(job: dict[str, Any]) -> dict[str, dict[str, list[float]]]:

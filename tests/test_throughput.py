@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ def test_flags_take_dashes_and_underscores_and_a_no_form():
     arguments = throughput.parse(
         ["--model", "a_b", "--batch_sizes", "2", "4", "--input_len=7", "--no_plot", "--enforce-eager"]
     )
-    assert (arguments.model, arguments.batch_sizes, arguments.input_len) == ("a_b", [2, 4], 7)
+    assert (arguments.model, arguments.batch_sizes, arguments.input_len) == (["a_b"], [2, 4], 7)
     assert (arguments.plot, arguments.enforce_eager) == (False, True)
 
 
@@ -50,9 +51,20 @@ def test_errors_are_one_line_and_exit_code_two(quantized, capsys, flags, words):
 
 def test_the_baseline_is_the_parent_unless_named(quantized, tmp_path):
     parent = {"16-bit": str(TINY_LLAMA), "W4A4": str(quantized)}
-    assert throughput.find_models(str(quantized), "auto") == parent
-    assert throughput.find_models(str(quantized), "none") == {"W4A4": str(quantized)}
-    assert throughput.find_models(str(quantized), str(tmp_path)) == parent | {"16-bit": str(tmp_path)}
+    assert throughput.find_models([str(quantized)], "auto") == parent
+    assert throughput.find_models([str(quantized)], "none") == {"W4A4": str(quantized)}
+    assert throughput.find_models([str(quantized)], str(tmp_path)) == parent | {"16-bit": str(tmp_path)}
+
+
+def test_models_stand_side_by_side_under_names_of_their_own(quantized, tmp_path):
+    other, stock = tmp_path / "other", tmp_path / "stock"
+    shutil.copytree(quantized, other)
+    stock.mkdir()
+    (stock / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    models = throughput.find_models([str(quantized), str(other), str(stock)], "none")
+    assert models == {"W4A4": str(quantized), "W4A4 other": str(other), "gptq 4-bit": str(stock)}
+    with pytest.raises(throughput.UserError, match="named twice"):
+        throughput.find_models([str(quantized), str(other), str(other)], "none")
 
 
 def test_a_parent_that_is_not_known(tmp_path, capsys):
