@@ -92,6 +92,8 @@ class SliderQuantConfig(QuantizationConfig):
             if scheme is None:
                 return compat.UnquantizedLinearMethod()
             self._check_sizes(prefix, layer.output_size, layer.input_size)
+            if compat.serving_options()["int8_activations"]:
+                scheme = self._with_int8_activations(prefix, scheme)
             return linear.SliderQuantLinearMethod(scheme, prefix, self._biases(prefix))
         if isinstance(layer, compat.ParallelLMHead) and self.checkpoint.scheme_for(prefix) is not None:
             raise format.FormatError(
@@ -104,6 +106,18 @@ class SliderQuantConfig(QuantizationConfig):
                 "add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"
             )
         return None
+
+    def _with_int8_activations(self, prefix: str, scheme: format.LinearScheme) -> format.LinearScheme:
+        """The scheme of a weight-only linear with activations in 8 bits per token, where its scales allow it."""
+        if scheme.activations is not None:
+            return scheme
+        try:
+            return replace(scheme, activations=format.ActivationScheme(8))
+        except format.FormatError as error:
+            raise ValueError(
+                f"--additional-config sliderquant.int8_activations: {prefix}: {error}; serve without it, or quantize "
+                "with --group-size -1"
+            ) from None
 
     def _fused(self) -> dict[str, Iterable[str]]:
         return {**format.FUSED_MODULES, **self.packed_modules_mapping}

@@ -28,6 +28,7 @@ MODEL = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WINDOW = 256
 START_TIMEOUT = 180
 STREAMS, STREAM_TOKENS = 8, 128
+INT8_ACTIVATIONS = json.dumps({"sliderquant": {"int8_activations": True}})
 PROMPT = "def read_json(path):\n    "
 METHODS = {"SliderQuant": [], "round-to-nearest": ["--method", "rtn"]}
 console = Console(soft_wrap=True, highlight=False)
@@ -211,26 +212,30 @@ def show(results: dict[str, dict]) -> None:
     )
 
 
-def run(output: Path, schemes: list[str], epochs: int, eval_tokens: int) -> None:
+def run(output: Path, schemes: list[str], epochs: int, eval_tokens: int, int8_activations: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     calibration, evaluation = write_texts(output)
     started = time.monotonic()
-    models, flags = {"16-bit": output / "sixteen-bit"}, ["--quantization", "sliderquant"]
+    models, flags = {"16-bit": output / "sixteen-bit"}, {"16-bit": []}
     shutil.copytree(MODEL, models["16-bit"], dirs_exist_ok=True)
     for scheme in schemes:
         for method, options in METHODS.items():
             name = f"{scheme} {method}"
             # The first one is the model that the quick start serves.
             models[name] = output / ("quantized" if len(models) == 1 else name.lower().replace(" ", "-"))
+            flags[name] = ["--quantization", "sliderquant"]
             calibrate(["--scheme", scheme, *options], calibration, models[name], epochs)
+            if int8_activations and scheme.endswith("A16"):
+                models[f"{name}, int8"] = models[name]
+                flags[f"{name}, int8"] = [*flags[name], "--additional-config", INT8_ACTIVATIONS]
     console.print(f"calibrated in {time.monotonic() - started:.0f} s\n")
 
     tokens = AutoTokenizer.from_pretrained(MODEL)(evaluation.read_text(), verbose=False)["input_ids"][:eval_tokens]
     windows = [tokens[at : at + WINDOW] for at in range(0, len(tokens) - WINDOW + 1, WINDOW)]
     results = {}
     for name, model in models.items():
-        log = output / f"serve-{model.name}.log"
-        results[name] = measure(model, [] if name == "16-bit" else flags, windows, log)
+        log = output / f"serve-{name.lower().replace(', ', '-').replace(' ', '-')}.log"
+        results[name] = measure(model, flags[name], windows, log)
         console.print(f"{name}: {PROMPT!r} continues {results[name]['answer']!r}\n", markup=False)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(results, output / "demo.png")
@@ -244,6 +249,12 @@ def main() -> int:
     parser.add_argument("--schemes", nargs="+", default=["W4A4", "W4A16"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument(
+        "--int8-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="serve weight-only models once more, with activations in 8 bits",
+    )
     arguments = parser.parse_args()
     # As an exception a termination request reaches the clean-up of a running server.
     for request in (signal.SIGTERM, signal.SIGHUP):
@@ -251,7 +262,13 @@ def main() -> int:
     try:
         if arguments.eval_tokens < WINDOW:
             raise DemoError(f"--eval-tokens: expected at least {WINDOW}, found {arguments.eval_tokens}")
-        run(arguments.output_dir.resolve(), arguments.schemes, arguments.epochs, arguments.eval_tokens)
+        run(
+            arguments.output_dir.resolve(),
+            arguments.schemes,
+            arguments.epochs,
+            arguments.eval_tokens,
+            arguments.int8_activations,
+        )
     except (DemoError, openai.APIError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

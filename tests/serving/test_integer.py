@@ -6,7 +6,7 @@ import pytest
 
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.helpers import TINY_LLAMA, reference_logprobs, write_rtn_checkpoint
-from tests.serving.engine import Score, score, windows
+from tests.serving.engine import Score, score, start_error, windows
 
 SCHEMES = {
     "W4A4 asymmetric": (WeightScheme(4), ActivationScheme(4)),
@@ -33,3 +33,29 @@ def test_against_the_reference(in_engine, tmp_path, weights, activations):
     # of a row's range, and 12 blocks pass it on: there only the mean over all tokens is comparable.
     assert difference < (0.1 if activations.bits == 8 else 0.6)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=0.01 if activations.bits == 8 else 0.04)
+
+
+INT8_ACTIVATIONS = {"sliderquant": {"int8_activations": True}}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_weight_only_served_with_int8_activations(in_engine, tmp_path, bits):
+    weight_only = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "weight-only", WeightScheme(bits))
+    integer = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "integer", WeightScheme(bits), ActivationScheme(8))
+    found = in_engine(score, weight_only, additional_config=INT8_ACTIVATIONS)
+    assert found.logprobs.equal(in_engine(score, integer).logprobs)
+    assert not found.logprobs.equal(in_engine(score, weight_only).logprobs)
+
+
+@pytest.mark.parametrize(
+    "group_size, options, words",
+    [
+        (128, INT8_ACTIVATIONS["sliderquant"], ["int8_activations", "qkv_proj", "group_size", "--group-size -1"]),
+        (-1, {"int4_activations": True}, ["--additional-config", "int8_activations", "int4_activations"]),
+        (-1, {"int8_activations": "yes"}, ["--additional-config", "'yes'"]),
+    ],
+)
+def test_serving_options_that_cannot_be(in_engine, tmp_path, group_size, options, words):
+    quantized = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "quantized", WeightScheme(4, group_size))
+    message = in_engine(start_error, quantized, additional_config={"sliderquant": options})
+    assert all(word in message for word in words), message
