@@ -112,16 +112,18 @@ def repack(weight_packed: torch.Tensor, bits: int, activation_bits: int = 16) ->
     """
     if not is_native(weight_packed.device) or weight_packed.device.type != "cpu":
         return weight_packed.contiguous()
-    out_features, words = weight_packed.shape
-    repacked = host().repack(
-        weight_packed.contiguous().numpy(), out_features, words * 32 // bits, bits, activation_bits
-    )
-    return torch.from_numpy(repacked)
+    rows = weight_packed.contiguous().numpy()
+    return torch.from_numpy(host().repack(rows, bits, activation_bits, torch.get_num_threads()))
 
 
 def column_sums(weight_packed: torch.Tensor, bits: int) -> torch.Tensor:
     """``sum_k code[n, k]`` of checkpoint packing: int32 [N]."""
-    return unpack_codes(weight_packed, bits).sum(1, dtype=torch.int32)
+    if is_native("cpu") and weight_packed.device.type == "cpu":
+        rows = weight_packed.contiguous().numpy()
+        return torch.from_numpy(host().column_sums(rows, bits, torch.get_num_threads()))
+    # Some rows at a time: unpacking takes tens of bytes per code.
+    parts = (unpack_codes(rows, bits).sum(1, dtype=torch.int32) for rows in weight_packed.split(4096))
+    return torch.cat(list(parts))
 
 
 def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
