@@ -80,7 +80,8 @@ def profiled(argv: list[str]) -> dict[str, float]:
 
     from calibrate.cli import parse_arguments, recipe_from
     from calibrate.data import calibration_samples
-    from calibrate.model import Model, resolve_model
+    from calibrate.hub import resolve_model
+    from calibrate.model import Model
     from calibrate.pipeline import calibrate
 
     arguments = parse_arguments(argv)

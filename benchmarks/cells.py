@@ -172,7 +172,8 @@ def measure(argv: Sequence[str], progress, texts: Texts | None = None, write: bo
     from calibrate.data import fingerprint as samples_fingerprint
     from calibrate.evaluate import compare
     from calibrate.export import export
-    from calibrate.model import Model, resolve_model
+    from calibrate.hub import resolve_model
+    from calibrate.model import Model
     from calibrate.pipeline import calibrate
 
     arguments = _parsed(argv)

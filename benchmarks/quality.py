@@ -91,7 +91,8 @@ def check_inputs(settings: suites.Settings) -> None:
     import torch
 
     from calibrate.data import calibration_samples, token_stream
-    from calibrate.model import Model, resolve_model
+    from calibrate.hub import resolve_model
+    from calibrate.model import Model
 
     for name in settings.models:
         recipe = suites.recipe_of(settings.flags(name, settings.schemes[0], "rtn"))

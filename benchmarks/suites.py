@@ -186,7 +186,7 @@ def sensitivity(settings: Settings) -> list[Cell]:
 
 
 def number_of_blocks(model: str) -> int:
-    from calibrate.model import resolve_model
+    from calibrate.hub import resolve_model
 
     return json.loads((resolve_model(model) / "config.json").read_text())["num_hidden_layers"]
 
@@ -197,7 +197,8 @@ def estimate(settings: Settings, model_name: str) -> dict[str, dict[str, float]]
 
     from calibrate.allocation import block_sensitivities, sensitivities
     from calibrate.data import calibration_samples
-    from calibrate.model import Model, resolve_model
+    from calibrate.hub import resolve_model
+    from calibrate.model import Model
     from calibrate.pipeline import SENSITIVITY_TOKENS
 
     recipe = recipe_of(settings.flags(model_name, settings.schemes[0], "rtn"))

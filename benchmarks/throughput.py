@@ -86,7 +86,7 @@ def find_models(models: list[str], baseline: str) -> dict[str, str]:
             )
     if not Path(baseline).is_dir():
         # Only now: this imports torch and transformers, and may download.
-        from calibrate.model import resolve_model
+        from calibrate.hub import resolve_model
 
         try:
             baseline = str(resolve_model(baseline))

@@ -108,8 +108,9 @@ def run(arguments: argparse.Namespace) -> None:
     from calibrate.data import calibration_samples, fingerprint, token_stream
     from calibrate.evaluate import perplexity
     from calibrate.export import Writer, Written
+    from calibrate.hub import resolve_model
     from calibrate.memory import Budget, fit
-    from calibrate.model import Model, resolve_model
+    from calibrate.model import Model
     from calibrate.pipeline import calibrate
     from calibrate.progress import RunProgress
     from calibrate.store import run_directory, weights_fingerprint

@@ -24,14 +24,16 @@ from rich.table import Table
 
 from calibrate.activations import Place
 from calibrate.cli import EXIT_USAGE, check_output, device_named, recipe_from
-from calibrate.costs import Sizes, measure, phases
+from calibrate.costs import Sizes, phases
 from calibrate.data import calibration_samples, local_files, token_stream
 from calibrate.end_to_end import check_memory
 from calibrate.errors import UserError
 from calibrate.evaluate import text_windows
+from calibrate.hub import resolve_model
 from calibrate.memory import FP32, STREAMS, Budget, expected, fit, host_memory, stream_bytes
-from calibrate.model import EMBEDDING, HEAD, Model, resolve_model
+from calibrate.model import EMBEDDING, HEAD, Model
 from calibrate.pipeline import passes
+from calibrate.probe import measure
 from calibrate.quantizer import scale_dtype
 from calibrate.recipe import Recipe
 from calibrate.store import partial_directory

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from calibrate import parallel, products
 from calibrate.activations import Activations
-from calibrate.blocks import CalibrationBlock, CalibrationLinear
+from calibrate.blocks import CalibrationBlock
 from calibrate.experts import counting, support_starved, warn_starved
 from calibrate.layouts import Site
 from calibrate.methods.awq import awq_scale
 from calibrate.methods.d2quant import deviation, dual_scale
 from calibrate.methods.gptq import Factor, compensated_weight, factorize
 from calibrate.methods.smoothquant import smoothquant_scale
+from calibrate.modules import CalibrationLinear
 from calibrate.parallel import Share
 from calibrate.quantizer import fake_quantize_weight, weight_bounds
 from calibrate.recipe import Recipe

@@ -115,7 +115,7 @@ def test_what_lm_eval_is_asked():
 
 def test_a_dry_run_prints_commands_and_sizes_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("calibrate.model.resolve_model", lambda name: pytest.fail("a download"))
+    monkeypatch.setattr("calibrate.hub.resolve_model", lambda name: pytest.fail("a download"))
     assert paper_tables.main(["--dry-run", "--models", "Llama2-7B", "--tables", "1", "3", "--methods", "all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "16-bit weights 13.5 GB, to download" in lines[0] and "W2A16 2.14 GB" in lines[0]

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibrate.errors import UserError
-from calibrate.model import Model, resolve_model
+from calibrate.hub import resolve_model
+from calibrate.model import Model
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, FormatError, WeightScheme
 from tests.calibrate.models import write_random_model

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cells import Silent
-from calibrate import costs, end_to_end, pipeline
+from calibrate import end_to_end, pipeline, probe
 from calibrate.activations import Place
 from calibrate.cli import main, parse_arguments, recipe_from
 from calibrate.costs import Costs, Counts, Sizes, counts, phases
@@ -55,8 +55,8 @@ def source(tmp_path):
 @pytest.fixture
 def roughly(monkeypatch):
     """Estimates of times are not looked at."""
-    monkeypatch.setattr(costs, "SHORTLY", 1e-3)
-    monkeypatch.setattr(costs, "CAREFULLY", 1e-3)
+    monkeypatch.setattr(probe, "SHORTLY", 1e-3)
+    monkeypatch.setattr(probe, "CAREFULLY", 1e-3)
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ sys.exit(code)
 
 def test_an_estimate_is_about_what_a_run_takes(tmp_path, argv, monkeypatch):
     """Time within a factor that other work on the machine may make; memory and checkpoint much closer."""
-    monkeypatch.setattr(costs, "CAREFULLY", 0.3)
+    monkeypatch.setattr(probe, "CAREFULLY", 0.3)
     argv = [*argv, "--w4a4", "--nsamples", "16", "--seqlen", "128", "--epochs", "6"]
     plan = make_plan(parse_arguments(argv))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
