@@ -30,6 +30,10 @@ from sliderquant_vllm.format import QUANT_METHOD, FormatError
 from sliderquant_vllm.shards import read_json
 
 PHASES = ("prefill", "decode")
+SETTINGS = (
+    *("dtype", "batch_sizes", "input_len", "output_len", "repeats"),
+    *("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"),
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -50,6 +54,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=2, help="engine starts of each model, in turns")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float16")
     parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="ranks")
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.8, help="share of the memory, on CPUs too, that vLLM may take"
+    )
     parser.add_argument("--enforce-eager", action=switch, default=False, help="do not compile or capture graphs")
     parser.add_argument("--output-dir", type=Path, default=Path("throughput"), help="for JSON, picture and logs")
     parser.add_argument("--plot", action=switch, default=True, help="draw a picture")
@@ -116,6 +123,7 @@ def measure(job: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
         max_num_seqs=max(job["batch_sizes"]),
         max_num_batched_tokens=max(max(job["batch_sizes"]) * input_len, input_len + output_len),
         tensor_parallel_size=job["tensor_parallel_size"],
+        gpu_memory_utilization=job["gpu_memory_utilization"],
         enforce_eager=job["enforce_eager"],
         enable_prefix_caching=False,
     )
@@ -175,8 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     models = find_models(arguments.model, arguments.baseline)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     console = Console()
-    settings = ("dtype", "batch_sizes", "input_len", "output_len", "repeats", "tensor_parallel_size", "enforce_eager")
-    job = {name: getattr(arguments, name) for name in settings}
+    job = {name: getattr(arguments, name) for name in SETTINGS}
     rates: dict[str, dict[str, dict[str, list[float]]]] = {label: {} for label in models}
     for turn in range(arguments.rounds):
         for label, model in models.items():

@@ -113,8 +113,8 @@ def engine_clock(monkeypatch):
 
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
         monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
-        settings = {"dtype": "bfloat16", "tensor_parallel_size": 1, "enforce_eager": True}
-        lengths = {"batch_sizes": [2], "input_len": 10, "output_len": 5, "repeats": 2}
+        settings = {"dtype": "bfloat16", "tensor_parallel_size": 1, "gpu_memory_utilization": 0.5}
+        lengths = {"batch_sizes": [2], "input_len": 10, "output_len": 5, "repeats": 2, "enforce_eager": True}
         return throughput.measure({"model": "m"} | settings | lengths), started
 
     return measure
