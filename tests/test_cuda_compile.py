@@ -2,64 +2,35 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import itertools
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from sliderquant_vllm import ops
+from tests.cuda import (
+    BUILT_ARCHS,
+    ROOT,
+    build_emulator,
+    call,
+    compile_cuda,
+    find_cuobjdump,
+    known_archs,
+    needs_nvcc,
+)
 from tests.native import LIBRARY, check_close, random_weight
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-BUILT_ARCHS = ("80", "90a")
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-
-
-def known_archs() -> list[str]:
-    """Those of the architectures of interest that this nvcc compiles for; all where there is none."""
-    archs = [*BUILT_ARCHS, "89", "100a", "120a"]
-    if NVCC is None:
-        return archs
-    listing = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in archs if f"compute_{arch.rstrip('a')}" in listing.split()]
-
-
-def find_cuobjdump() -> str | None:
-    beside = Path(NVCC).resolve().parent / "cuobjdump" if NVCC else None
-    if beside is not None and beside.exists():
-        return str(beside)
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
-    return str(bundled) if bundled is not None and bundled.exists() else None
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", known_archs())
 def test_compiles_without_spills(arch, tmp_path):
     for source in SOURCES:
-        command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
-        process = subprocess.run(
-            [*command, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(tmp_path / "kernels.o")],
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr
-        report = re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr
-        )
-        assert report and set(report) == {("0", "0", "0")}, process.stderr
-        assert f"for 'sm_{arch}'" in process.stderr
+        compile_cuda(source, tmp_path / "kernels.o", arch, "-c")
 
 
 @needs_nvcc
@@ -70,14 +41,11 @@ def test_no_cuda_source_includes_torch():
 
 @needs_nvcc
 def test_library_holds_every_architecture():
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        pytest.skip("cuobjdump is not installed")
     if os.environ.get("SLIDERQUANT_CUDA") == "0":
         pytest.skip("SLIDERQUANT_CUDA=0: this library was built without CUDA kernels")
 
     def held(kind: str, suffix: str) -> set[str]:
-        command = [cuobjdump, f"--list-{kind}", str(LIBRARY)]
+        command = [find_cuobjdump(), f"--list-{kind}", str(LIBRARY)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return set(re.findall(rf"\.sm_(\w+)\.{suffix}", listing))
 
@@ -96,23 +64,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "emulate_cuda.so"
-    source = str(ROOT / "tests" / "emulate_cuda.cpp")
-    subprocess.run(
-        ["c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library],
-        check=True,
-    )
-    return ctypes.CDLL(str(library))
-
-
-def call(function, *arguments) -> None:
-    converted = []
-    for value in arguments:
-        if value is None or isinstance(value, torch.Tensor):
-            converted.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
-        else:
-            converted.append(ctypes.c_int64(value))
-    function(*converted)
+    return build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
 
 
 SHAPES = ((1, 32), (48, 96), (130, 256))  # N, K
