@@ -1,7 +1,7 @@
 // Runs the body of a CUDA kernel on the host, block after block. Every thread of a block is a fiber; they take turns in
 // a random order, changing wherever the device would wait for others. So it finds what depends on that order,
-// collectives that not all lanes reach, barriers that some threads skip, accesses outside the kernel's buffers, and reads
-// of shared memory that nothing was written to (poison) or that an asynchronous copy has not reached yet.
+// collectives that not all lanes reach, barriers that some threads skip, accesses outside the kernel's buffers, and
+// reads of shared memory that nothing was written to (poison) or that an asynchronous copy has not reached yet.
 #pragma once
 
 #include <ucontext.h>

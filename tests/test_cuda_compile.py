@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import re
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
 from sliderquant_vllm import ops
+from sliderquant_vllm.packing import pack_codes
 from tests.cuda import (
     BUILT_ARCHS,
     ROOT,
@@ -64,7 +67,37 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    return build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
+    library = build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
+    library.emulate_repack.restype = ctypes.c_char_p
+    return library
+
+
+def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
+    """Kernel layout of a GPU, made by its own kernel."""
+    n, k = packed.shape[0], packed.shape[1] * 32 // bits
+    found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
+    assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
+    return found
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "quads"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n_count", "k_count"), [(1, 32), (17, 128), (48, 288)])
+def test_repack_kernel_matches_slow_model(emulator, bits, pairs, n_count, k_count):
+    host = ops.host()
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n_count, k_count), dtype=torch.uint8, generator=generator)
+    expected = np.zeros(host.gpu.packed_words(bits, n_count, k_count), dtype=np.uint32)
+    for k in range(k_count):
+        period, j = divmod(host.gpu.run_index(k), host.period_codes(bits))
+        for b in range(bits):
+            d, bit = divmod(host.kernel_bit(pairs, bits, j, b), 32)
+            for n in range(n_count):
+                place = host.gpu.owner(k), period * host.period_words(bits) + d
+                word = host.gpu.word_index(bits, k_count, n, k // 128, *place)
+                expected[word] |= np.uint32((int(codes[n, k]) >> b & 1) << bit)
+    found = repack(emulator, pack_codes(codes, bits), bits, pairs)
+    assert np.array_equal(found.numpy().view(np.uint32), expected)
 
 
 SHAPES = ((1, 32), (48, 96), (130, 256))  # N, K
@@ -83,7 +116,8 @@ def test_wna16_body_on_the_host(emulator, bits, dtype):
         y = torch.empty(m, n, dtype=dtype)
         group = k if group_size == -1 else group_size
         fp16 = int(dtype == torch.float16)
-        operands = (x, fp16, x.stride(0), weight.packed, weight.scale, weight.zero, bias, y)
+        w_packed = repack(emulator, weight.packed, bits, pairs=True)
+        operands = (x, fp16, x.stride(0), w_packed, weight.scale, weight.zero, bias, y)
         call(emulator.emulate_wna16, *operands, m, n, k, group, bits)
         exact = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
         check_close(y, exact, x.double().abs() @ weight.dense.abs().T, dtype, (n, k, m, group_size))
@@ -115,7 +149,7 @@ def test_integer_gemm_body_on_the_host(emulator, bits, symmetric):
         sw, y = weight.scale[0].contiguous(), torch.empty(m, n)
         call(
             emulator.emulate_integer_gemm,
-            *(*quantized, weight.packed, sw, zw, col_sum, None, y),
+            *(*quantized, repack(emulator, weight.packed, bits, pairs=False), sw, zw, col_sum, None, y),
             *(m, n, k, bits),
         )
         expected = ops.w4a4_gemm_reference(*quantized, weight.packed, sw, zw, col_sum, None, bits, torch.float32)
