@@ -12,7 +12,7 @@ struct Wna16 {
   const uint16_t* x;    // [m, k], rows x_stride apart
   Float x_type;         // kBf16 or kFp16; y has the same
   int64_t x_stride;
-  const uint32_t* w;    // kPairs layout on CPUs, checkpoint packing on GPUs
+  const uint32_t* w;    // kPairs layout of the device
   const float* scale;   // [k / group, n]
   const uint8_t* zero;  // [k / group, n], null when symmetric
   const float* bias;    // [n] or null
@@ -49,7 +49,7 @@ struct IntegerGemm {
   const float* sa;         // [m]
   const int32_t* za;       // [m]
   const int32_t* row_sum;  // [m]
-  const uint32_t* w;       // kQuads layout on CPUs, checkpoint packing on GPUs
+  const uint32_t* w;       // kQuads layout of the device
   const float* sw;         // [n]
   const uint8_t* zw;       // [n], null when symmetric
   const int32_t* col_sum;  // [n]
@@ -58,6 +58,15 @@ struct IntegerGemm {
   Float y_type;
   int64_t m, n, k;
   int bits;
+};
+
+// Checkpoint packing -> kernel layout of a GPU
+struct Repack {
+  const uint32_t* stream;  // [n, k * bits / 32]
+  uint32_t* packed;        // layout::gpu::packed_words(bits, n, k)
+  int64_t n, k;
+  int bits;
+  bool pairs;  // kPairs or kQuads
 };
 
 }  // namespace sliderquant

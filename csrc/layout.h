@@ -6,10 +6,10 @@
 // Checkpoint: the codes of one output channel form a little-endian bit stream, code k in bits [bits*k, bits*k + bits).
 // A period is the shortest run of codes that fills whole 32-bit words: 3 words for 3 bits, one word otherwise.
 //
-// CPU kernels: 32 output channels stand side by side (a panel, two 512-bit registers of 32-bit lanes), so that a
-// register of weights meets one broadcast activation group and no sum ever crosses lanes. A panel is stored period by
-// period, word by word: panel -> p -> d -> lane. Only the order of the bits within a period changes, differently for
-// the two instruction families that consume them:
+// CPU kernels (namespace layout itself): 32 output channels stand side by side (a panel, two 512-bit registers of
+// 32-bit lanes), so that a register of weights meets one broadcast activation group and no sum ever crosses lanes. A
+// panel is stored period by period, word by word: panel -> p -> d -> lane. Only the order of the bits within a period
+// changes, differently for the two instruction families that consume them:
 //
 //   kPairs (16-bit activations): a 32-bit lane must become two 16-bit values of neighbouring k, so code k lies in the
 //     16-bit half k % 2 and one shift by a constant brings a pair to the bottom of both halves:
@@ -20,7 +20,14 @@
 //       2, 4, 8 bits: code j at bit 8*(j % 4) + bits*(j / 4)
 //       3 bits: words 0 and 1 hold the two low bits like 2-bit codes, word 2 the high bits, one per k / 4.
 //
-// CUDA kernels read the checkpoint's own packing.
+// CUDA kernels (layout::gpu): a tensor core multiplies 16 channels by 8 tokens, and lane 4 g + t of a warp holds rows g
+// and g + 8 of the weights. So 16 channels make a panel, 128 k of it a chunk, and the lane owns of every 32 k of a
+// chunk the eight from 8 t on, of both its rows. The tokens' operand then takes 16 contiguous bytes of x per lane and
+// 32 k (two steps of 16-bit products, one of integer ones), a product never reaches over 32 k, the smallest group, and
+// a lane's 32 codes of a row in a chunk are whole periods of every width. Within a period bits have the order above. A
+// chunk is stored vector by vector, a vector being 16 bytes (8 for 3 bits) of every lane: panel -> chunk -> vector ->
+// lane -> word, where the 2 * bits words of a lane go d -> row, those of row g + 8 beside those of row g. Where k or n
+// goes beyond the matrix, to whole chunks and panels, codes are zero.
 #pragma once
 
 #include <cstdint>
@@ -86,5 +93,92 @@ SLIDERQUANT_HOST_DEVICE constexpr int64_t packed_words(int bits, int64_t out_fea
 SLIDERQUANT_HOST_DEVICE constexpr int64_t word_index(int bits, int64_t in_features, int64_t n, int64_t p, int d) {
   return (n / kPanelRows * row_words(bits, in_features) + p * period_words(bits) + d) * kPanelRows + n % kPanelRows;
 }
+
+namespace gpu {
+
+constexpr int kPanelRows = 16;
+constexpr int kChunkCodes = 128;
+constexpr int kLanes = 32;
+constexpr int kLaneCodes = 8;  // neighbouring k that one lane owns of a row
+constexpr int kRowCodes = 32;  // that one lane owns of a row in a chunk
+static_assert(kLaneCodes * kLanes == kPanelRows / 2 * kBlockCodes, "lanes share out 32 k of half the rows of a panel");
+static_assert(kRowCodes == kChunkCodes / kBlockCodes * kLaneCodes, "a chunk is several blocks of 32 k");
+static_assert(kRowCodes % period_codes(2) == 0 && kRowCodes % period_codes(3) == 0 &&
+                  kRowCodes % period_codes(4) == 0 && kRowCodes % period_codes(8) == 0,
+              "what a lane owns must be whole periods of every width");
+
+SLIDERQUANT_HOST_DEVICE constexpr int64_t panels(int64_t out_features) {
+  return (out_features + kPanelRows - 1) / kPanelRows;
+}
+
+SLIDERQUANT_HOST_DEVICE constexpr int64_t chunks(int64_t in_features) {
+  return (in_features + kChunkCodes - 1) / kChunkCodes;
+}
+
+// Words of one panel's chunk; words of a lane that one vector holds.
+SLIDERQUANT_HOST_DEVICE constexpr int chunk_words(int bits) { return kPanelRows * kChunkCodes * bits / 32; }
+SLIDERQUANT_HOST_DEVICE constexpr int vector_words(int bits) { return bits == 3 ? 2 : 4; }
+static_assert(chunk_words(3) % (kLanes * vector_words(3)) == 0 && chunk_words(2) % (kLanes * vector_words(2)) == 0,
+              "a chunk must be whole vectors");
+
+// 32-bit words of a packed weight.
+SLIDERQUANT_HOST_DEVICE constexpr int64_t packed_words(int bits, int64_t out_features, int64_t in_features) {
+  return panels(out_features) * chunks(in_features) * chunk_words(bits);
+}
+
+// The thread t that owns input channel k, and where among its 32 codes of the row and chunk that one is.
+SLIDERQUANT_HOST_DEVICE constexpr int owner(int64_t k) { return static_cast<int>(k / kLaneCodes % 4); }
+SLIDERQUANT_HOST_DEVICE constexpr int run_index(int64_t k) {
+  return static_cast<int>(k % kChunkCodes / kBlockCodes * kLaneCodes + k % kLaneCodes);
+}
+
+// Word d, of `bits`, that thread t owns of channel n in a chunk.
+SLIDERQUANT_HOST_DEVICE constexpr int64_t word_index(int bits, int64_t in_features, int64_t n, int64_t chunk, int t,
+                                                     int d) {
+  const int width = vector_words(bits);
+  const int lane = static_cast<int>(n % 8) * 4 + t;
+  const int word = 2 * d + static_cast<int>(n / 8 % 2);
+  return (n / kPanelRows * chunks(in_features) + chunk) * chunk_words(bits) + word / width * kLanes * width +
+         lane * width + word % width;
+}
+
+SLIDERQUANT_HOST_DEVICE constexpr uint32_t code(const uint32_t* packed, Family family, int bits, int64_t in_features,
+                                                int64_t n, int64_t k) {
+  const int period = run_index(k) / period_codes(bits), j = run_index(k) % period_codes(bits);
+  uint32_t value = 0;
+  for (int b = 0; b < bits; ++b) {
+    const int bit = kernel_bit(family, bits, j, b);
+    const int d = period * period_words(bits) + bit / 32;
+    value |= (packed[word_index(bits, in_features, n, k / kChunkCodes, owner(k), d)] >> bit % 32 & 1) << b;
+  }
+  return value;
+}
+
+// Word `index` of the packed weight whose checkpoint packing is stream.
+SLIDERQUANT_HOST_DEVICE constexpr uint32_t packed_word(const uint32_t* stream, Family family, int bits,
+                                                       int64_t out_features, int64_t in_features, int64_t index) {
+  const int64_t chunk = index / chunk_words(bits);  // counted through all panels
+  const int within = static_cast<int>(index % chunk_words(bits)), width = vector_words(bits);
+  const int lane = within / width % kLanes;
+  const int word = within / (kLanes * width) * width + within % width;
+  const int64_t n = chunk / chunks(in_features) * kPanelRows + 8 * (word % 2) + lane / 4;
+  if (n >= out_features) return 0;
+  const int period = word / 2 / period_words(bits);
+  uint32_t value = 0;
+  for (int j = 0; j < period_codes(bits); ++j) {
+    const int run = period * period_codes(bits) + j;
+    const int64_t k = chunk % chunks(in_features) * kChunkCodes + run / kLaneCodes * kBlockCodes +
+                      lane % 4 * kLaneCodes + run % kLaneCodes;
+    if (k >= in_features) continue;
+    const uint32_t code = stream_code(stream + n * row_words(bits, in_features), bits, k);
+    for (int b = 0; b < bits; ++b) {
+      const int bit = kernel_bit(family, bits, j, b);
+      if (bit / 32 == word / 2 % period_words(bits)) value |= (code >> b & 1) << bit % 32;
+    }
+  }
+  return value;
+}
+
+}  // namespace gpu
 
 }  // namespace sliderquant::layout

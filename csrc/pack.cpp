@@ -280,4 +280,13 @@ PYBIND11_MODULE(_host, module) {
         return layout::stream_code(reinterpret_cast<const uint32_t*>(row.data()), bits, k);
       },
       py::arg("row"), py::arg("bits"), py::arg("k"));
+
+  // The same of the layout of GPUs, whose repacking is a CUDA kernel over packed_word.
+  py::module_ gpu = module.def_submodule("gpu");
+  gpu.def("packed_words", &layout::gpu::packed_words, py::arg("bits"), py::arg("out_features"), py::arg("in_features"));
+  gpu.def("owner", &layout::gpu::owner, py::arg("k"));
+  gpu.def("run_index", &layout::gpu::run_index, py::arg("k"));
+  gpu.def("word_index", &layout::gpu::word_index, py::arg("bits"), py::arg("in_features"), py::arg("n"),
+          py::arg("chunk"), py::arg("t"), py::arg("d"));
+  gpu.def("vector_words", &layout::gpu::vector_words, py::arg("bits"));
 }

@@ -114,15 +114,15 @@ void check_in_features(const char* op, int64_t k) {
   }
 }
 
-// Kernel layout on CPUs, where the dtype tells the layouts of the two ops apart; checkpoint packing on GPUs.
+// Kernel layout of the device; the dtype tells the layouts of the two ops apart.
 void check_weight(const Expectation& e, const Tensor& w, int bits, int64_t n, int64_t k, bool integer) {
-  const int64_t words = layout::row_words(bits, k);
-  if (!e.like.device().is_cpu()) {
-    check(e, "w_packed", w, ScalarType::Int, {n, words});
-  } else if (integer) {
-    check(e, "w_packed", w, ScalarType::Byte, {layout::panels(n), words, 4 * layout::kPanelRows});
+  const ScalarType type = integer ? ScalarType::Byte : ScalarType::Int;
+  const int64_t elements = integer ? 4 : 1;  // of a word
+  if (e.like.device().is_cpu()) {
+    check(e, "w_packed", w, type, {layout::panels(n), layout::row_words(bits, k), elements * layout::kPanelRows});
   } else {
-    check(e, "w_packed", w, ScalarType::Int, {layout::panels(n), words, layout::kPanelRows});
+    check(e, "w_packed", w, type,
+          {layout::gpu::panels(n), layout::gpu::chunks(k), elements * layout::gpu::chunk_words(bits)});
   }
 }
 
@@ -342,6 +342,39 @@ Tensor hadamard(const Tensor& x, int64_t block) {
   return y;
 }
 
+#ifdef SLIDERQUANT_CUDA
+// weight_packed [N, K * bits / 32] in checkpoint packing -> kernel layout, as check_weight expects it. On CPUs this is
+// the business of _host, which needs no op library.
+Tensor repack(const Tensor& weight_packed, int64_t bits, int64_t activation_bits) {
+  const char* op = "repack";
+  check_bits(op, "bits", bits);
+  if (activation_bits != 16 && (activation_bits < 2 || activation_bits > 8)) {
+    fail(op, "activation_bits: expected 16, or 2 to 8; got ", activation_bits);
+  }
+  if (weight_packed.dim() != 2 || weight_packed.scalar_type() != ScalarType::Int || !weight_packed.is_contiguous()) {
+    fail(op, "weight_packed: expected contiguous int32 [N, K * bits / 32]; got ", describe(weight_packed));
+  }
+  const int64_t n = weight_packed.size(0), k = weight_packed.size(1) * 32 / bits;
+  check_in_features(op, k);
+  const bool pairs = activation_bits == 16;
+  const int width = static_cast<int>(bits);
+  const Tensor packed = torch::stable::new_empty(
+      weight_packed,
+      {layout::gpu::panels(n), layout::gpu::chunks(k), (pairs ? 1 : 4) * layout::gpu::chunk_words(width)},
+      pairs ? ScalarType::Int : ScalarType::Byte);
+  const sliderquant::Repack args = {
+      .stream = data<uint32_t>(weight_packed),
+      .packed = static_cast<uint32_t*>(packed.mutable_data_ptr()),
+      .n = n,
+      .k = k,
+      .bits = width,
+      .pairs = pairs,
+  };
+  if (n > 0) run_cuda(op, args, weight_packed.device().index(), sliderquant::cuda::repack);
+  return packed;
+}
+#endif
+
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("wna16_gemm", TORCH_BOX(&wna16_gemm));
   library.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
@@ -360,6 +393,9 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
   library.def(
       "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
       "Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
+#ifdef SLIDERQUANT_CUDA
+  library.def("repack(Tensor weight_packed, int bits, int activation_bits) -> Tensor");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
@@ -368,5 +404,8 @@ STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
 }
 
 #ifdef SLIDERQUANT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) {
+  implement(library);
+  library.impl("repack", TORCH_BOX(&repack));
+}
 #endif

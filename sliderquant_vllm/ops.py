@@ -108,10 +108,12 @@ def repack(weight_packed: torch.Tensor, bits: int, activation_bits: int = 16) ->
         activation_bits: 16 for ``wna16_gemm``, less for ``w4a4_gemm``.
 
     Returns:
-        An opaque tensor on the same device. The references, and CUDA so far, read checkpoint packing itself.
+        An opaque tensor on the same device. The references read checkpoint packing itself.
     """
-    if not is_native(weight_packed.device) or weight_packed.device.type != "cpu":
+    if not is_native(weight_packed.device):
         return weight_packed.contiguous()
+    if weight_packed.is_cuda:
+        return torch.ops.sliderquant.repack(weight_packed.contiguous(), bits, activation_bits)
     rows = weight_packed.contiguous().numpy()
     return torch.from_numpy(host().repack(rows, bits, activation_bits, torch.get_num_threads()))
 

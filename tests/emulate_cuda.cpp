@@ -2,11 +2,14 @@
 // barrier, so a thread that reads what another has not yet written in an earlier phase finds poison here.
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../csrc/cuda/integer_gemm.cuh"
 #include "../csrc/cuda/quantize.cuh"
+#include "../csrc/cuda/repack.cuh"
 #include "../csrc/cuda/wna16.cuh"
+#include "cuda_runner.h"
 
 namespace {
 
@@ -25,11 +28,23 @@ void emulate(const typename Kernel::Args& args) {
   }
 }
 
+std::string error;
+
 }  // namespace
 
 using namespace sliderquant;
 
 extern "C" {
+
+const char* emulate_repack(const uint32_t* stream, uint32_t* packed, int64_t n, int64_t k, int64_t bits, int64_t pairs,
+                           int64_t seed) {
+  const Repack args = {stream, packed, n, k, static_cast<int>(bits), pairs != 0};
+  cuda::BlockRunner runner(static_cast<uint64_t>(seed));
+  runner.allow(packed, layout::gpu::packed_words(args.bits, n, k) * 4, true);
+  error = runner.run(cuda::RepackKernel::blocks(args), cuda::RepackKernel::kThreads, 0,
+                     [&](int64_t block, int thread, char*) { cuda::RepackKernel::run(args, block, thread); });
+  return error.c_str();
+}
 
 void emulate_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride, const uint32_t* w, const float* scale,
                    const uint8_t* zero, const float* bias, uint16_t* y, int64_t m, int64_t n, int64_t k, int64_t group,

@@ -3,63 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sliderquant_vllm import ops
+from sliderquant_vllm.packing import pack_codes
+from tests.cuda import (
+    BUILT_ARCHS,
+    ROOT,
+    build_emulator,
+    call,
+    compile_cuda,
+    find_cuobjdump,
+    known_archs,
+    needs_nvcc,
+)
 from tests.native import LIBRARY, check_close, random_weight
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-BUILT_ARCHS = ("80", "90a")
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-
-
-def known_archs() -> list[str]:
-    """Those of the architectures of interest that this nvcc compiles for; all where there is none."""
-    archs = [*BUILT_ARCHS, "89", "100a", "120a"]
-    if NVCC is None:
-        return archs
-    listing = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in archs if f"compute_{arch.rstrip('a')}" in listing.split()]
-
-
-def find_cuobjdump() -> str | None:
-    beside = Path(NVCC).resolve().parent / "cuobjdump" if NVCC else None
-    if beside is not None and beside.exists():
-        return str(beside)
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
-    return str(bundled) if bundled is not None and bundled.exists() else None
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", known_archs())
 def test_compiles_without_spills(arch, tmp_path):
     for source in SOURCES:
-        command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
-        process = subprocess.run(
-            [*command, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(tmp_path / "kernels.o")],
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr
-        report = re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr
-        )
-        assert report and set(report) == {("0", "0", "0")}, process.stderr
-        assert f"for 'sm_{arch}'" in process.stderr
+        compile_cuda(source, tmp_path / "kernels.o", arch, "-c")
 
 
 @needs_nvcc
@@ -70,14 +44,11 @@ def test_no_cuda_source_includes_torch():
 
 @needs_nvcc
 def test_library_holds_every_architecture():
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        pytest.skip("cuobjdump is not installed")
     if os.environ.get("SLIDERQUANT_CUDA") == "0":
         pytest.skip("SLIDERQUANT_CUDA=0: this library was built without CUDA kernels")
 
     def held(kind: str, suffix: str) -> set[str]:
-        command = [cuobjdump, f"--list-{kind}", str(LIBRARY)]
+        command = [find_cuobjdump(), f"--list-{kind}", str(LIBRARY)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return set(re.findall(rf"\.sm_(\w+)\.{suffix}", listing))
 
@@ -96,23 +67,37 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "emulate_cuda.so"
-    source = str(ROOT / "tests" / "emulate_cuda.cpp")
-    subprocess.run(
-        ["c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library],
-        check=True,
-    )
-    return ctypes.CDLL(str(library))
+    library = build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
+    library.emulate_repack.restype = ctypes.c_char_p
+    return library
 
 
-def call(function, *arguments) -> None:
-    converted = []
-    for value in arguments:
-        if value is None or isinstance(value, torch.Tensor):
-            converted.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
-        else:
-            converted.append(ctypes.c_int64(value))
-    function(*converted)
+def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
+    """Kernel layout of a GPU, made by its own kernel."""
+    n, k = packed.shape[0], packed.shape[1] * 32 // bits
+    found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
+    assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
+    return found
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "quads"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n_count", "k_count"), [(1, 32), (17, 128), (48, 288)])
+def test_repack_kernel_matches_slow_model(emulator, bits, pairs, n_count, k_count):
+    host = ops.host()
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n_count, k_count), dtype=torch.uint8, generator=generator)
+    expected = np.zeros(host.gpu.packed_words(bits, n_count, k_count), dtype=np.uint32)
+    for k in range(k_count):
+        period, j = divmod(host.gpu.run_index(k), host.period_codes(bits))
+        for b in range(bits):
+            d, bit = divmod(host.kernel_bit(pairs, bits, j, b), 32)
+            for n in range(n_count):
+                place = host.gpu.owner(k), period * host.period_words(bits) + d
+                word = host.gpu.word_index(bits, k_count, n, k // 128, *place)
+                expected[word] |= np.uint32((int(codes[n, k]) >> b & 1) << bit)
+    found = repack(emulator, pack_codes(codes, bits), bits, pairs)
+    assert np.array_equal(found.numpy().view(np.uint32), expected)
 
 
 SHAPES = ((1, 32), (48, 96), (130, 256))  # N, K
@@ -131,7 +116,8 @@ def test_wna16_body_on_the_host(emulator, bits, dtype):
         y = torch.empty(m, n, dtype=dtype)
         group = k if group_size == -1 else group_size
         fp16 = int(dtype == torch.float16)
-        operands = (x, fp16, x.stride(0), weight.packed, weight.scale, weight.zero, bias, y)
+        w_packed = repack(emulator, weight.packed, bits, pairs=True)
+        operands = (x, fp16, x.stride(0), w_packed, weight.scale, weight.zero, bias, y)
         call(emulator.emulate_wna16, *operands, m, n, k, group, bits)
         exact = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
         check_close(y, exact, x.double().abs() @ weight.dense.abs().T, dtype, (n, k, m, group_size))
@@ -163,7 +149,7 @@ def test_integer_gemm_body_on_the_host(emulator, bits, symmetric):
         sw, y = weight.scale[0].contiguous(), torch.empty(m, n)
         call(
             emulator.emulate_integer_gemm,
-            *(*quantized, weight.packed, sw, zw, col_sum, None, y),
+            *(*quantized, repack(emulator, weight.packed, bits, pairs=False), sw, zw, col_sum, None, y),
             *(m, n, k, bits),
         )
         expected = ops.w4a4_gemm_reference(*quantized, weight.packed, sw, zw, col_sum, None, bits, torch.float32)

@@ -142,3 +142,47 @@ def test_repack_rejects_bad_arguments(host):
         host.repack(good.astype(np.int64), 4, 16, 1)
     with pytest.raises(ValueError, match="column_sums: bits"):
         host.column_sums(good, 6, 1)
+
+
+def test_gpu_lanes_share_out_a_chunk(host):
+    places = [(host.gpu.owner(k), host.gpu.run_index(k)) for k in range(128)]
+    assert sorted(places) == [(t, i) for t in range(4) for i in range(32)]
+    assert places[:33:8] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 8)]  # eight k each, then the next 32
+    assert [i for _, i in places[64:72]] == list(range(16, 24))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n_count", "k_count"), [(1, 32), (16, 128), (33, 288), (48, 96)])
+def test_gpu_word_index_is_injective_and_covers_whole_panels(host, bits, n_count, k_count):
+    rows, chunks = -(-n_count // 16) * 16, -(-k_count // 128)
+    places = [(n, chunk, t, d) for n in range(rows) for chunk in range(chunks) for t in range(4) for d in range(bits)]
+    found = [host.gpu.word_index(bits, k_count, *place) for place in places]
+    assert sorted(found) == list(range(host.gpu.packed_words(bits, n_count, k_count)))
+    assert len(found) * 32 == rows * chunks * 128 * bits
+
+
+# (bits, n, chunk, t, d) -> word of a weight with 256 input channels
+GPU_GOLDEN = {
+    (4, 0, 0, 0, 0): 0,
+    (4, 8, 0, 0, 0): 1,  # row g + 8 beside row g
+    (4, 0, 0, 0, 1): 2,  # the next 32 k
+    (4, 0, 0, 1, 0): 4,  # lane 1
+    (4, 1, 0, 0, 0): 16,  # lane 4
+    (4, 0, 0, 0, 2): 128,  # the second vector of 32 lanes x 16 bytes
+    (4, 0, 1, 0, 0): 256,  # the second chunk
+    (4, 16, 0, 0, 0): 512,  # the second panel
+    (2, 15, 0, 3, 1): 127,
+    (2, 0, 1, 0, 0): 128,
+    (3, 8, 0, 0, 0): 1,
+    (3, 0, 0, 1, 0): 2,  # vectors of 8 bytes
+    (3, 0, 0, 0, 1): 64,
+    (3, 15, 1, 3, 2): 383,
+    (8, 8, 0, 0, 7): 387,
+}
+
+
+@pytest.mark.parametrize("place", GPU_GOLDEN, ids=str)
+def test_gpu_word_index_golden(host, place):
+    bits, *rest = place
+    assert host.gpu.word_index(bits, 256, *rest) == GPU_GOLDEN[place]
+    assert host.gpu.vector_words(bits) == (2 if bits == 3 else 4)

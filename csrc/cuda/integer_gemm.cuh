@@ -30,10 +30,9 @@ class IntegerGemmKernel {
       shared.x[r][j] = m < a_.m ? a_.codes[m * a_.k + k0 + j] : 0;
     }
     const int64_t n = tile_.n0 + tile_.channel();
-    const uint32_t* row = a_.w + n * layout::row_words(a_.bits, a_.k);
     for (int i = 0; i < GemmTile::kCodesPerThread; ++i) {
       const int j = tile_.code(i);
-      shared.w[j][tile_.channel()] = n < a_.n ? layout::stream_code(row, a_.bits, k0 + j) : 0;
+      shared.w[j][tile_.channel()] = n < a_.n ? code(n, k0 + j) : 0;
     }
   }
 
@@ -54,6 +53,10 @@ class IntegerGemmKernel {
   }
 
  private:
+  SLIDERQUANT_HOST_DEVICE uint32_t code(int64_t n, int64_t k) const {
+    return layout::gpu::code(a_.w, layout::Family::kQuads, a_.bits, a_.k, n, k);
+  }
+
   const Args& a_;
   GemmTile tile_;
   uint32_t sum_[GemmTile::kSums] = {};

@@ -4,6 +4,7 @@
 #include "integer_gemm.cuh"
 #include "launch.h"
 #include "quantize.cuh"
+#include "repack.cuh"
 #include "wna16.cuh"
 
 namespace sliderquant::cuda {
@@ -49,18 +50,28 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
+template <class Launch>
+const char* launch_on(int device, const Launch& enqueue) {
+  const DeviceGuard guard(device);
+  cudaError_t error = guard.error();
+  if (error == cudaSuccess) {
+    enqueue();
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <class Kernel>
 const char* launch(const typename Kernel::Args& args, int device, uintptr_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
   const int64_t tiles = Kernel::tiles(args);
   const auto blocks = static_cast<unsigned>(tiles < kMaxBlocks ? tiles : kMaxBlocks);
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    run<Kernel><<<blocks, Kernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_on(
+      device, [&] { run<Kernel><<<blocks, Kernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args); });
+}
+
+__global__ void __launch_bounds__(RepackKernel::kThreads) run_repack(const __grid_constant__ Repack args) {
+  RepackKernel::run(args, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace
@@ -75,6 +86,13 @@ const char* quantize(const Quantize& args, int device, uintptr_t stream) {
 
 const char* integer_gemm(const IntegerGemm& args, int device, uintptr_t stream) {
   return launch<IntegerGemmKernel>(args, device, stream);
+}
+
+const char* repack(const Repack& args, int device, uintptr_t stream) {
+  const auto blocks = static_cast<unsigned>(RepackKernel::blocks(args));
+  return launch_on(device, [&] {
+    run_repack<<<blocks, RepackKernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  });
 }
 
 }  // namespace sliderquant::cuda

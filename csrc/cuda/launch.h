@@ -8,9 +8,10 @@
 namespace sliderquant::cuda {
 
 // Each enqueues its work on a stream (a cudaStream_t as an integer) of a device and returns the text of a CUDA error,
-// or null. All pointers are of that device; weights are in checkpoint packing.
+// or null. All pointers are of that device.
 const char* wna16(const Wna16&, int device, uintptr_t stream);
 const char* quantize(const Quantize&, int device, uintptr_t stream);
 const char* integer_gemm(const IntegerGemm&, int device, uintptr_t stream);
+const char* repack(const Repack&, int device, uintptr_t stream);
 
 }  // namespace sliderquant::cuda

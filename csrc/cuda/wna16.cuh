@@ -34,10 +34,9 @@ class Wna16Kernel {
     const int64_t at = k0 / a_.group * a_.n + n;
     const float scale = exists ? a_.scale[at] : 0;
     const uint32_t zero = exists && a_.zero != nullptr ? a_.zero[at] : 1u << (a_.bits - 1);
-    const uint32_t* row = a_.w + n * layout::row_words(a_.bits, a_.k);
     for (int i = 0; i < GemmTile::kCodesPerThread; ++i) {
       const int j = tile_.code(i);
-      const float w = exists ? dequantize(layout::stream_code(row, a_.bits, k0 + j), zero, scale) : 0;
+      const float w = exists ? dequantize(code(n, k0 + j), zero, scale) : 0;
       shared.w[j][tile_.channel()] = w;
     }
   }
@@ -59,6 +58,10 @@ class Wna16Kernel {
   }
 
  private:
+  SLIDERQUANT_HOST_DEVICE uint32_t code(int64_t n, int64_t k) const {
+    return layout::gpu::code(a_.w, layout::Family::kPairs, a_.bits, a_.k, n, k);
+  }
+
   const Args& a_;
   GemmTile tile_;
   float sum_[GemmTile::kSums] = {};

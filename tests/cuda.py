@@ -1,0 +1,81 @@
+"""What the tests of the CUDA kernels share: nvcc and its tools, the emulators, and calls into them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BUILT_ARCHS = ("80", "90a")
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+def known_archs() -> list[str]:
+    """Those of the architectures of interest that this nvcc compiles for; all where there is none."""
+    archs = [*BUILT_ARCHS, "89", "100a", "120a"]
+    if NVCC is None:
+        return archs
+    listing = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in archs if f"compute_{arch.rstrip('a')}" in listing.split()]
+
+
+def find_cuobjdump() -> str:
+    """Skips the test where there is none."""
+    beside = Path(NVCC).resolve().parent / "cuobjdump" if NVCC else None
+    if beside is not None and beside.exists():
+        return str(beside)
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    if bundled is None or not bundled.exists():
+        pytest.skip("cuobjdump is not installed")
+    return str(bundled)
+
+
+def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> None:
+    """Compile for one architecture, without spills and without a stack frame."""
+    command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
+    command += ["-Xcompiler=-fPIC", *options, str(source), "-o", str(target)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr)
+    assert report and set(report) == {("0", "0", "0")}, process.stderr
+    assert f"for 'sm_{arch}'" in process.stderr
+
+
+def instructions(binary: Path, arch: str) -> set[str]:
+    """Every instruction, with its suffixes, in the machine code for one architecture."""
+    command = [find_cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(binary)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", listing))
+
+
+def build_emulator(source: str, directory: Path) -> ctypes.CDLL:
+    """A test program that runs CUDA code on the host, as a library."""
+    library = directory / f"{source}.so"
+    command = ["c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*command, str(ROOT / "tests" / f"{source}.cpp"), "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def call(function, *arguments) -> str:
+    """Call a C function with tensors, None, text and integers; the text that it returns, if it returns text."""
+    converted = []
+    for value in arguments:
+        if value is None or isinstance(value, torch.Tensor):
+            converted.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
+        elif isinstance(value, str):
+            converted.append(ctypes.c_char_p(value.encode()))
+        else:
+            converted.append(ctypes.c_int64(value))
+    found = function(*converted)
+    return found.decode() if isinstance(found, bytes) else ""
