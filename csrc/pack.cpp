@@ -16,6 +16,7 @@
 #include "cpu/blocking.h"
 #include "cpu/features.h"
 #include "cpu/peak.h"
+#include "cuda/dispatch.h"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -244,6 +245,23 @@ double peak(const std::string& kind, double seconds) {
   throw py::value_error("peak: expected bf16 or int8 on a machine that runs the avx512 kernels, found " + kind);
 }
 
+py::dict plan_wna16(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
+  const auto plan = cuda::plan_wna16(m, n, k, bits, {arch, processors}, text.c_str());
+  py::dict found;
+  found["kernel"] = plan.tensor_cores ? "sm80" : "plain";
+  if (!plan.tensor_cores) return found;
+  const cuda::Sm80Tile tile = {bits, plan.tiles};
+  found["tokens"] = tile.tokens();
+  found["channels"] = tile.rows();
+  found["splits"] = plan.splits;
+  found["blocks"] = tile.n_tiles(n) * tile.m_tiles(m) * plan.splits;
+  found["blocks_per_processor"] = tile.blocks_per_processor();
+  found["stages"] = tile.stages();
+  found["stage_bytes"] = tile.stage_bytes();
+  found["shared_bytes"] = tile.shared_bytes();
+  return found;
+}
+
 }  // namespace
 }  // namespace sliderquant
 
@@ -289,4 +307,7 @@ PYBIND11_MODULE(_host, module) {
   gpu.def("word_index", &layout::gpu::word_index, py::arg("bits"), py::arg("in_features"), py::arg("n"),
           py::arg("chunk"), py::arg("t"), py::arg("d"));
   gpu.def("vector_words", &layout::gpu::vector_words, py::arg("bits"));
+  gpu.def("plan_wna16", &plan_wna16, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("arch"),
+          py::arg("processors"), py::arg("override") = "",
+          "The kernel that wna16_gemm takes on such a GPU (80 for sm_80), and its sizes. Raises RuntimeError.");
 }

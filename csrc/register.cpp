@@ -154,21 +154,45 @@ CurrentStream current_cuda_stream() {
   return function;
 }
 
-template <class Args>
-void run_cuda(const char* op, const Args& args, int device, const char* (*launch)(const Args&, int, uintptr_t)) {
+// enqueue(stream) returns the text of a CUDA error, or null.
+template <class Enqueue>
+void run_cuda(const char* op, int device, const Enqueue& enqueue) {
   const CurrentStream current_stream = current_cuda_stream();
   if (current_stream == nullptr) {
     fail(op, "no aoti_torch_get_current_cuda_stream in libtorch_cuda.so; install a CUDA build of torch 2.11 or later");
   }
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device, &stream));
-  if (const char* error = launch(args, device, reinterpret_cast<uintptr_t>(stream))) fail(op, "CUDA: ", error);
+  if (const char* error = enqueue(reinterpret_cast<uintptr_t>(stream))) fail(op, "CUDA: ", error);
+}
+
+template <class Args>
+void run_cuda(const char* op, const Args& args, int device, const char* (*launch)(const Args&, int, uintptr_t)) {
+  run_cuda(op, device, [&](uintptr_t stream) { return launch(args, device, stream); });
+}
+
+// The workspace goes back to torch's allocator as soon as the kernels are enqueued: what is allocated next on the same
+// stream runs after them.
+void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
+  const int device = x.device().index();
+  const auto plan = sliderquant::cuda::plan_wna16(args, device);
+  const int64_t size = sliderquant::cuda::workspace_size(args, plan);
+  Optional workspace;
+  if (size > 0) workspace = torch::stable::new_empty(x, {size}, ScalarType::Float);
+  auto* partial = workspace.has_value() ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
+  run_cuda(op, device, [&](uintptr_t stream) {
+    return sliderquant::cuda::wna16(args, plan, partial, device, stream);
+  });
 }
 #define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel
 #else
 template <class Args>
 void run_cuda(const char* op, const Args&, int, std::nullptr_t) {
   fail(op, "this library is built without CUDA kernels; build it again where nvcc is installed");
+}
+
+void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
+  run_cuda(op, args, x.device().index(), nullptr);
 }
 #define SLIDERQUANT_LAUNCH(kernel) nullptr
 #endif
@@ -215,7 +239,7 @@ Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, 
   if (x.device().is_cpu()) {
     sliderquant::cpu::kernels().wna16(args, run_parallel);
   } else {
-    run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(wna16));
+    wna16_cuda(op, x, args);
   }
   return y;
 }

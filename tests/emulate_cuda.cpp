@@ -1,5 +1,6 @@
 // Runs the CUDA kernel classes on the host, one block of threads after the other: a phase ends where the device has a
 // barrier, so a thread that reads what another has not yet written in an earlier phase finds poison here.
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -8,6 +9,7 @@
 #include "../csrc/cuda/integer_gemm.cuh"
 #include "../csrc/cuda/quantize.cuh"
 #include "../csrc/cuda/repack.cuh"
+#include "../csrc/cuda/sm80_wna16.cuh"
 #include "../csrc/cuda/wna16.cuh"
 #include "cuda_runner.h"
 
@@ -28,11 +30,58 @@ void emulate(const typename Kernel::Args& args) {
   }
 }
 
+using namespace sliderquant;
+
 std::string error;
 
-}  // namespace
+void allow_operands(cuda::BlockRunner& runner, const Wna16& a) {
+  runner.allow(a.x, ((a.m - 1) * a.x_stride + a.k) * 2);
+  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
+  runner.allow(a.scale, a.k / a.group * a.n * 4);
+  runner.allow(a.zero, a.k / a.group * a.n);
+  runner.allow(a.bias, a.n * 4);
+  runner.allow(a.y, a.m * a.n * 2, true);
+}
 
-using namespace sliderquant;
+template <int kBits, Float kType, int kTiles>
+std::string emulate_sm80(const Wna16& a, int splits, uint64_t seed) {
+  using Kernel = cuda::Sm80Wna16<kBits, kType, kTiles>;
+  std::vector<float> partial(splits > 1 ? static_cast<size_t>(splits * a.m * a.n) : 0, NAN);
+  const cuda::Wna16Blocks blocks = {splits, partial.data()};
+  cuda::BlockRunner runner(seed);
+  allow_operands(runner, a);
+  runner.allow(partial.data(), static_cast<int64_t>(partial.size()) * 4, true);
+  std::string found = runner.run(
+      Kernel::blocks(a, splits), Kernel::kThreads, Kernel::kSharedBytes,
+      [&](int64_t block, int thread, char* shared) { Kernel::run(a, blocks, block, thread, shared); });
+  if (found.empty() && splits > 1) {
+    found = runner.run(cuda::Wna16Reduce::blocks(a), cuda::Wna16Reduce::kThreads, 0,
+                       [&](int64_t block, int thread, char*) { cuda::Wna16Reduce::run(a, blocks, block, thread); });
+  }
+  return found;
+}
+
+template <int kBits, Float kType>
+std::string emulate_sm80(const Wna16& a, int64_t tiles, int splits, uint64_t seed) {
+  switch (tiles) {
+    case 1: return emulate_sm80<kBits, kType, 1>(a, splits, seed);
+    case 2: return emulate_sm80<kBits, kType, 2>(a, splits, seed);
+    case 4: return emulate_sm80<kBits, kType, 4>(a, splits, seed);
+    default: return emulate_sm80<kBits, kType, 8>(a, splits, seed);
+  }
+}
+
+template <Float kType>
+std::string emulate_sm80(const Wna16& a, int64_t tiles, int splits, uint64_t seed) {
+  switch (a.bits) {
+    case 2: return emulate_sm80<2, kType>(a, tiles, splits, seed);
+    case 3: return emulate_sm80<3, kType>(a, tiles, splits, seed);
+    case 4: return emulate_sm80<4, kType>(a, tiles, splits, seed);
+    default: return emulate_sm80<8, kType>(a, tiles, splits, seed);
+  }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -52,6 +101,17 @@ void emulate_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride, const uint
   emulate<cuda::Wna16Kernel>(
       {x, fp16 ? Float::kFp16 : Float::kBf16, x_stride, w, scale, zero, bias, y, m, n, k, group,
        static_cast<int>(bits)});
+}
+
+const char* emulate_sm80_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride, const uint32_t* w,
+                               const float* scale, const uint8_t* zero, const float* bias, uint16_t* y, int64_t m,
+                               int64_t n, int64_t k, int64_t group, int64_t bits, int64_t tiles, int64_t splits,
+                               int64_t seed) {
+  const Wna16 a = {x,    fp16 ? Float::kFp16 : Float::kBf16, x_stride, w, scale, zero, bias, y, m, n, k, group,
+                   static_cast<int>(bits)};
+  const auto of_type = fp16 ? emulate_sm80<Float::kFp16> : emulate_sm80<Float::kBf16>;
+  error = of_type(a, tiles, static_cast<int>(splits), static_cast<uint64_t>(seed));
+  return error.c_str();
 }
 
 void emulate_quantize(const uint16_t* x, int64_t fp16, int64_t x_stride, uint8_t* codes, float* scale, int32_t* zero,

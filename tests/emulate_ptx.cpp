@@ -34,7 +34,7 @@ void reads_outside(int thread, char*, const uint32_t* given) { ptx::load(given +
 void writes_what_it_may_read(int, char*, const uint32_t* given) { ptx::store(const_cast<uint32_t*>(given), 1u); }
 
 void copies_unaligned(int thread, char* shared, const uint32_t* given) {
-  ptx::cp_async(shared + 16 * thread, given + 1, true, ptx::evict_first());
+  ptx::cp_async(shared + 16 * thread, given + 1, ptx::evict_first());
 }
 
 void overflows_shared(int, char* shared, const uint32_t*) { shared[1024] = 0; }
@@ -98,7 +98,7 @@ double share_of_copies_seen(int64_t waits, int64_t seed) {
   runner.allow(given, sizeof given);
   int seen = 0;
   error = runner.run(1, 32, 512, [&](int64_t, int thread, char* shared) {
-    ptx::cp_async(shared + 16 * thread, given[thread], true, ptx::evict_first());
+    ptx::cp_async(shared + 16 * thread, given[thread], ptx::evict_first());
     ptx::cp_async_commit();
     if (waits) ptx::cp_async_wait<0>();
     ptx::sync_threads();

@@ -54,7 +54,7 @@ struct ldmatrix {
   SLIDERQUANT_DEVICE static void run(const Words& words, int lane, char* shared) {
     // Rows stand in reverse, so that an address is not mistaken for an index.
     char* row = shared + 16 * (kWarp - 1 - lane);
-    ptx::cp_async(row, words.a + 4 * lane, true, ptx::evict_normal());
+    ptx::cp_async(row, words.a + 4 * lane, ptx::evict_normal());
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::sync_warp();
@@ -68,9 +68,9 @@ struct ldmatrix {
 struct cp_async {
   SLIDERQUANT_DEVICE static void run(const Words& words, int lane, char* shared) {
     auto* slots = reinterpret_cast<Vec4*>(shared);
-    ptx::cp_async(slots + lane, words.a + 4 * lane, true, ptx::evict_first());
+    ptx::cp_async(slots + lane, words.a + 4 * lane, ptx::evict_first());
     ptx::cp_async_commit();
-    ptx::cp_async(slots + kWarp + lane, words.c + 4 * lane, lane % 2 == 0, ptx::evict_normal());
+    ptx::cp_async(slots + kWarp + lane, words.c + 4 * lane, lane % 2 == 0);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     ptx::sync_threads();

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
+import random
 import re
 import subprocess
 
@@ -21,10 +23,11 @@ from tests.cuda import (
     call,
     compile_cuda,
     find_cuobjdump,
+    instructions,
     known_archs,
     needs_nvcc,
 )
-from tests.native import LIBRARY, check_close, random_weight
+from tests.native import LIBRARY, Weight, check_close, random_weight
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -33,7 +36,12 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 @pytest.mark.parametrize("arch", known_archs())
 def test_compiles_without_spills(arch, tmp_path):
     for source in SOURCES:
-        compile_cuda(source, tmp_path / "kernels.o", arch, "-c")
+        target = tmp_path / "kernels.o"
+        compile_cuda(source, target, arch, "-c")
+        found = instructions(target, arch)
+        # Tensor cores, asynchronous copies past the registers, and nothing that stands in for what is missing.
+        for instruction in ("HMMA.16816.F32", "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS"):
+            assert any(one.startswith(instruction) for one in found), (instruction, sorted(found))
 
 
 @needs_nvcc
@@ -68,7 +76,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     library = build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
-    library.emulate_repack.restype = ctypes.c_char_p
+    library.emulate_repack.restype = library.emulate_sm80_wna16.restype = ctypes.c_char_p
     return library
 
 
@@ -121,6 +129,100 @@ def test_wna16_body_on_the_host(emulator, bits, dtype):
         call(emulator.emulate_wna16, *operands, m, n, k, group, bits)
         exact = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
         check_close(y, exact, x.double().abs() @ weight.dense.abs().T, dtype, (n, k, m, group_size))
+
+
+# N, K, group_size, M, splits of K: tails of every size, fewer and more stages than there are slots, several blocks.
+SM80_CASES = (
+    (1, 32, 32, 1, 1),
+    (16, 128, -1, 8, 1),
+    (17, 96, -1, 13, 1),
+    (40, 288, 32, 5, 2),
+    (130, 1088, 64, 3, 3),
+    (300, 640, 128, 9, 1),
+    (33, 2048, 128, 17, 4),
+    (64, 2048, -1, 2, 5),
+    (48, 96, 32, 70, 1),
+)
+
+
+def sm80_wna16(emulator, weight, x, bias, tokens: int, splits: int, seed: int) -> torch.Tensor:
+    """What the tensor-core kernel makes of x on the host."""
+    n, k = weight.codes.shape
+    y = torch.full((len(x), n), torch.nan, dtype=x.dtype)
+    w_packed = repack(emulator, weight.packed, weight.bits, pairs=True)
+    operands = (x, int(x.dtype == torch.float16), x.stride(0), w_packed, weight.scale, weight.zero, bias, y)
+    group = k if weight.group_size == -1 else weight.group_size
+    sizes = (len(x), n, k, group, weight.bits, tokens // 8, splits)
+    assert call(emulator.emulate_sm80_wna16, *operands, *sizes, seed) == ""
+    return y
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sm80_wna16_body_on_the_host(emulator, bits, dtype, tokens):
+    seeds = itertools.count(random.randrange(2**32))
+    for case, (n, k, group_size, m, splits) in enumerate(SM80_CASES):
+        symmetric = (case + tokens // 8 + (dtype == torch.float16)) % 2 == 0
+        weight = random_weight(n, k, bits, group_size, symmetric)
+        # Rows of x that 16-byte copies can take, and rows that they cannot.
+        x = torch.randn(m, k + 8).to(dtype)[:, 3 : k + 3] if symmetric else torch.randn(m, k).to(dtype)
+        bias = torch.randn(n) if symmetric else None
+        y = sm80_wna16(emulator, weight, x, bias, tokens, splits, next(seeds))
+        exact = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
+        magnitude = x.double().abs() @ weight.dense.abs().T + (0 if bias is None else bias.abs())
+        check_close(y, exact, magnitude, dtype, (n, k, m, group_size, splits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sm80_wna16_removes_zero_points_exactly(emulator, bits, dtype):
+    """Every code against every zero point, one channel after the other, as products with a row of one 1."""
+    codes = (torch.arange(32) * max(1, 2**bits // 32) + bits) % 2**bits
+    codes = codes.to(torch.uint8).expand(2**bits, 32).contiguous()
+    zero = torch.arange(2**bits).to(torch.uint8)[None]
+    weight = Weight(codes, pack_codes(codes, bits), torch.ones(1, 2**bits), zero, bits, -1)
+    y = sm80_wna16(emulator, weight, torch.eye(32).to(dtype), None, 32, 1, 0)
+    assert torch.equal(y.double(), weight.centred.T)
+
+
+def test_sm80_wna16_does_not_depend_on_the_order_of_threads(emulator):
+    weight = random_weight(130, 1088, 4, 64, False)
+    x = torch.randn(9, 1088).to(torch.bfloat16)
+    first, second = (sm80_wna16(emulator, weight, x, None, 16, 3, seed) for seed in (1, 2))
+    assert torch.equal(first, second)
+
+
+# (M, N, K, bits) on an H200 -> tokens of a block, splits of K
+PLANS = {
+    (1, 28672, 4096, 4): (8, 1),
+    (16, 28672, 4096, 4): (16, 1),
+    (17, 28672, 4096, 4): (32, 1),
+    (64, 28672, 4096, 4): (64, 1),
+    (2048, 4096, 4096, 4): (64, 1),
+    (1, 4096, 4096, 4): (8, 4),
+    (1, 16, 32, 2): (8, 1),
+}
+
+
+@pytest.mark.parametrize("case", PLANS, ids=str)
+def test_plan(case):
+    plan = ops.host().gpu.plan_wna16(*case, 90, 132)
+    assert (plan["kernel"], plan["tokens"], plan["splits"]) == ("sm80", *PLANS[case])
+    assert plan["shared_bytes"] <= 99 * 1024 and plan["stages"] >= 2
+
+
+def test_plan_override():
+    plan = functools.partial(ops.host().gpu.plan_wna16, 4, 4096, 4096, 4, 90, 132)
+    assert plan("plain") == {"kernel": "plain"}
+    assert ops.host().gpu.plan_wna16(4, 4096, 4096, 4, 75, 68) == {"kernel": "plain"}
+    assert plan("sm80") == plan()
+    found = plan("sm80:splits=3:tokens=32")
+    assert (found["tokens"], found["splits"], found["blocks"]) == (32, 3, 3 * 16)
+    assert plan("sm80:splits=64")["splits"] == 16  # no more than there are stages of K
+    for text in ("fast", "plain:splits=2", "sm80:tokens=24", "sm80:splits=0", "sm80:splits", "sm80:depth=2"):
+        with pytest.raises(RuntimeError, match=f"SLIDERQUANT_CUDA_WNA16: expected plain, or sm80.*got {text}$"):
+            plan(text)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

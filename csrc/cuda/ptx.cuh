@@ -96,10 +96,17 @@ SLIDERQUANT_DEVICE uint64_t evict_normal() {
 }
 
 // 16 bytes from global to shared memory past the registers, there after cp_async_wait; zeros where not exists.
-SLIDERQUANT_DEVICE void cp_async(void* shared, const void* global, bool exists, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+SLIDERQUANT_DEVICE void cp_async(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(exists ? 16 : 0), "l"(policy)
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+SLIDERQUANT_DEVICE void cp_async(void* shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "l"(policy)
                : "memory");
 }
 
@@ -285,11 +292,13 @@ inline void ldmatrix(uint32_t (&d)[4], const void* row) {
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_normal() { return 0; }
 
-inline void cp_async(void* shared, const void* global, bool exists, uint64_t) {
+inline void cp_async(void* shared, const void* global, bool exists) {
   if (exists) host::check_global(global, 16, false);
   host::check_shared(shared, 16);
   host::cp_async(shared, global, exists);
 }
+
+inline void cp_async(void* shared, const void* global, uint64_t) { cp_async(shared, global, true); }
 
 inline void cp_async_commit() { host::cp_async_commit(); }
 

@@ -1,0 +1,59 @@
+// What one block of threads of the W*A16 kernel for tensor cores (sm80_wna16.cuh) takes on, by the bits of a code and
+// the tiles of eight tokens: sizes that the kernel is built with and that dispatch.h weighs.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout.h"
+
+namespace sliderquant::cuda {
+
+struct Sm80Tile {
+  static constexpr int kWarps = 8;
+  static constexpr int kPanels = 2;  // of 16 channels, per warp
+  static constexpr int kTileTokens = 8;
+  static constexpr int kSharedBudget = 96 << 10;  // sm_89 and sm_120 give a block 99 KB
+
+  int bits, tiles;
+
+  SLIDERQUANT_HOST_DEVICE constexpr int tokens() const { return kTileTokens * tiles; }
+  // Warps that share the K of the same channels. With many tokens x takes most of the room, and one chunk of it at a
+  // time serves all warps.
+  SLIDERQUANT_HOST_DEVICE constexpr int warps_k() const { return tiles <= 2 ? 2 : 1; }
+  SLIDERQUANT_HOST_DEVICE constexpr int rows() const {
+    return kWarps / warps_k() * kPanels * layout::gpu::kPanelRows;
+  }
+  // Blocks that share an SM, and its registers.
+  SLIDERQUANT_HOST_DEVICE constexpr int blocks_per_processor() const { return tiles <= 2 ? 2 : 1; }
+
+  // A stage: so many chunks of 128 k for each of the warps that share K. Chunks of 2 bits are small, and what a stage
+  // costs beside them weighs more.
+  SLIDERQUANT_HOST_DEVICE constexpr int chunks() const { return bits == 2 && tiles <= 2 ? 2 : 1; }
+  SLIDERQUANT_HOST_DEVICE constexpr int stage_chunks() const { return chunks() * warps_k(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int weight_bytes() const {
+    return kWarps * chunks() * kPanels * 4 * layout::gpu::chunk_words(bits);
+  }
+  SLIDERQUANT_HOST_DEVICE constexpr int x_bytes() const {
+    return stage_chunks() * tokens() * 2 * layout::gpu::kChunkCodes;
+  }
+  SLIDERQUANT_HOST_DEVICE constexpr int stage_bytes() const { return weight_bytes() + x_bytes(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int stages() const {
+    return kSharedBudget / stage_bytes() < 6 ? kSharedBudget / stage_bytes() : 6;
+  }
+
+  // Sums of the warps, in fp32, after the last stage; four channels apart, so that a warp writes to different banks.
+  SLIDERQUANT_HOST_DEVICE constexpr int sum_stride() const { return rows() + 4; }
+  SLIDERQUANT_HOST_DEVICE constexpr int shared_bytes() const {
+    const int sums = warps_k() * tokens() * sum_stride() * 4;
+    return stages() * stage_bytes() > sums ? stages() * stage_bytes() : sums;
+  }
+
+  // How often a matrix is cut along each of its sizes.
+  constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
+  constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
+  constexpr int64_t k_stages(int64_t k) const {
+    return (layout::gpu::chunks(k) + stage_chunks() - 1) / stage_chunks();
+  }
+};
+
+}  // namespace sliderquant::cuda
