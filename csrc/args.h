@@ -60,13 +60,21 @@ struct IntegerGemm {
   int bits;
 };
 
-// Checkpoint packing -> kernel layout of a GPU
+// Checkpoint packing -> kernel layout of the device
 struct Repack {
   const uint32_t* stream;  // [n, k * bits / 32]
-  uint32_t* packed;        // layout::gpu::packed_words(bits, n, k)
+  uint32_t* packed;        // packed_words(bits, n, k) of the device's layout
   int64_t n, k;
   int bits;
   bool pairs;  // kPairs or kQuads
+};
+
+// The sum of each row's codes in checkpoint packing
+struct ColumnSums {
+  const uint32_t* stream;  // [n, k * bits / 32]
+  int32_t* sums;           // [n]
+  int64_t n, k;
+  int bits;
 };
 
 }  // namespace sliderquant

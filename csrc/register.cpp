@@ -366,26 +366,35 @@ Tensor hadamard(const Tensor& x, int64_t block) {
   return y;
 }
 
-#ifdef SLIDERQUANT_CUDA
-// weight_packed [N, K * bits / 32] in checkpoint packing -> kernel layout, as check_weight expects it. On CPUs this is
-// the business of _host, which needs no op library.
-Tensor repack(const Tensor& weight_packed, int64_t bits, int64_t activation_bits) {
-  const char* op = "repack";
+// weight_packed [N, K * bits / 32] in checkpoint packing; K
+int64_t check_stream(const char* op, const Tensor& weight_packed, int64_t bits) {
   check_bits(op, "bits", bits);
-  if (activation_bits != 16 && (activation_bits < 2 || activation_bits > 8)) {
-    fail(op, "activation_bits: expected 16, or 2 to 8; got ", activation_bits);
-  }
   if (weight_packed.dim() != 2 || weight_packed.scalar_type() != ScalarType::Int || !weight_packed.is_contiguous()) {
     fail(op, "weight_packed: expected contiguous int32 [N, K * bits / 32]; got ", describe(weight_packed));
   }
-  const int64_t n = weight_packed.size(0), k = weight_packed.size(1) * 32 / bits;
+  const int64_t k = weight_packed.size(1) * 32 / bits;
   check_in_features(op, k);
-  const bool pairs = activation_bits == 16;
+  if (weight_packed.size(1) * 32 % bits != 0) {
+    fail(op, "weight_packed: expected whole codes of ", bits, " bits in every row; got ", describe(weight_packed));
+  }
+  return k;
+}
+
+// -> kernel layout, as check_weight expects it.
+Tensor repack(const Tensor& weight_packed, int64_t bits, int64_t activation_bits) {
+  const char* op = "repack";
+  const int64_t k = check_stream(op, weight_packed, bits), n = weight_packed.size(0);
+  if (activation_bits != 16 && (activation_bits < 2 || activation_bits > 8)) {
+    fail(op, "activation_bits: expected 16, or 2 to 8; got ", activation_bits);
+  }
+  const bool pairs = activation_bits == 16, on_cpu = weight_packed.device().is_cpu();
   const int width = static_cast<int>(bits);
-  const Tensor packed = torch::stable::new_empty(
-      weight_packed,
-      {layout::gpu::panels(n), layout::gpu::chunks(k), (pairs ? 1 : 4) * layout::gpu::chunk_words(width)},
-      pairs ? ScalarType::Int : ScalarType::Byte);
+  const int64_t rows = on_cpu ? layout::panels(n) : layout::gpu::panels(n);
+  const int64_t columns = on_cpu ? layout::row_words(width, k) : layout::gpu::chunks(k);
+  const int64_t words = on_cpu ? layout::kPanelRows : layout::gpu::chunk_words(width);
+  const Tensor packed = torch::stable::new_empty(weight_packed, {rows, columns, pairs ? words : 4 * words},
+                                                 pairs ? ScalarType::Int : ScalarType::Byte);
+  if (n == 0) return packed;
   const sliderquant::Repack args = {
       .stream = data<uint32_t>(weight_packed),
       .packed = static_cast<uint32_t*>(packed.mutable_data_ptr()),
@@ -394,15 +403,34 @@ Tensor repack(const Tensor& weight_packed, int64_t bits, int64_t activation_bits
       .bits = width,
       .pairs = pairs,
   };
-  if (n > 0) run_cuda(op, args, weight_packed.device().index(), sliderquant::cuda::repack);
+  if (on_cpu) {
+    sliderquant::cpu::kernels().repack(args, run_parallel);
+  } else {
+    run_cuda(op, args, weight_packed.device().index(), SLIDERQUANT_LAUNCH(repack));
+  }
   return packed;
 }
-#endif
+
+Tensor column_sums(const Tensor& weight_packed, int64_t bits) {
+  const int64_t k = check_stream("column_sums", weight_packed, bits), n = weight_packed.size(0);
+  const Tensor sums = torch::stable::new_empty(weight_packed, {n});
+  sliderquant::cpu::kernels().column_sums(
+      {
+          .stream = data<uint32_t>(weight_packed),
+          .sums = static_cast<int32_t*>(sums.mutable_data_ptr()),
+          .n = n,
+          .k = k,
+          .bits = static_cast<int>(bits),
+      },
+      run_parallel);
+  return sums;
+}
 
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("wna16_gemm", TORCH_BOX(&wna16_gemm));
   library.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
   library.impl("w4a4_gemm", TORCH_BOX(&w4a4_gemm));
+  library.impl("repack", TORCH_BOX(&repack));
 }
 
 }  // namespace
@@ -417,19 +445,16 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
   library.def(
       "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
       "Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
-#ifdef SLIDERQUANT_CUDA
   library.def("repack(Tensor weight_packed, int bits, int activation_bits) -> Tensor");
-#endif
+  library.def("column_sums(Tensor weight_packed, int bits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
   implement(library);
   library.impl("hadamard", TORCH_BOX(&hadamard));
+  library.impl("column_sums", TORCH_BOX(&column_sums));
 }
 
 #ifdef SLIDERQUANT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) {
-  implement(library);
-  library.impl("repack", TORCH_BOX(&repack));
-}
+STABLE_TORCH_LIBRARY_IMPL(sliderquant, CUDA, library) { implement(library); }
 #endif

@@ -95,7 +95,7 @@ def _warn_reference(key: str) -> None:
 
 @functools.cache
 def host():
-    """The native helper module for repacking and CPU-feature probing."""
+    """The native helper module: what the CPU can do, and the index functions of the layouts."""
     return importlib.import_module("sliderquant_vllm._host")
 
 
@@ -112,20 +112,16 @@ def repack(weight_packed: torch.Tensor, bits: int, activation_bits: int = 16) ->
     """
     if not is_native(weight_packed.device):
         return weight_packed.contiguous()
-    if weight_packed.is_cuda:
-        return torch.ops.sliderquant.repack(weight_packed.contiguous(), bits, activation_bits)
-    rows = weight_packed.contiguous().numpy()
-    return torch.from_numpy(host().repack(rows, bits, activation_bits, torch.get_num_threads()))
+    return torch.ops.sliderquant.repack(weight_packed.contiguous(), bits, activation_bits)
 
 
 def column_sums(weight_packed: torch.Tensor, bits: int) -> torch.Tensor:
     """``sum_k code[n, k]`` of checkpoint packing: int32 [N]."""
     if is_native("cpu") and weight_packed.device.type == "cpu":
-        rows = weight_packed.contiguous().numpy()
-        return torch.from_numpy(host().column_sums(rows, bits, torch.get_num_threads()))
+        return torch.ops.sliderquant.column_sums(weight_packed.contiguous(), bits)
     # Some rows at a time: unpacking takes tens of bytes per code.
-    parts = (unpack_codes(rows, bits).sum(1, dtype=torch.int32) for rows in weight_packed.split(4096))
-    return torch.cat(list(parts))
+    parts = [unpack_codes(rows, bits).sum(1, dtype=torch.int32) for rows in weight_packed.split(4096)]
+    return torch.cat(parts)
 
 
 def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:

@@ -103,7 +103,7 @@ def slow_repack(host, codes: np.ndarray, bits: int, pairs: bool) -> np.ndarray:
 @pytest.mark.parametrize("activation_bits", [16, 4])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n_count", "k_count"), [(3, 32), (33, 64), (64, 96), (5, 1056)])
-def test_repack_matches_slow_model(host, bits, activation_bits, n_count, k_count):
+def test_repack_matches_slow_model(isa, host, bits, activation_bits, n_count, k_count):
     codes = torch.randint(0, 2**bits, (n_count, k_count), generator=torch.Generator().manual_seed(bits))
     packed = ops.repack(pack_codes(codes, bits), bits, activation_bits)
     integer = activation_bits != 16
@@ -115,33 +115,30 @@ def test_repack_matches_slow_model(host, bits, activation_bits, n_count, k_count
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_tails(host, bits, threads):
+def test_sums_of_codes(isa, threads, bits):
     for n_count, k_count in ((1, 32), (100, 1056), (67, 2080)):
         codes = torch.randint(0, 2**bits, (n_count, k_count))
-        packed = pack_codes(codes, bits).numpy()
-        assert np.array_equal(host.repack(packed, bits, 16, threads), host.repack(packed, bits, 16, 1))
-        assert np.array_equal(host.column_sums(packed, bits, threads), codes.sum(1).numpy())
-    assert host.column_sums(packed[:0], bits, threads).shape == (0,)
-    assert host.repack(packed[:0], bits, 16, threads).shape[0] == 0
+        packed = pack_codes(codes, bits)
+        assert torch.equal(ops.column_sums(packed, bits), codes.sum(1, dtype=torch.int32))
+    assert ops.column_sums(packed[:0], bits).shape == (0,)
+    assert ops.repack(packed[:0], bits).shape[0] == 0
 
 
-def test_repack_rejects_bad_arguments(host):
-    good = np.zeros((8, 4), dtype=np.int32)
-    assert host.repack(good, 4, 16, 1).shape == (1, 4, PANEL)
+def test_repack_rejects_bad_arguments():
+    good = torch.zeros(8, 4, dtype=torch.int32)
+    assert ops.repack(good, 4).shape == (1, 4, PANEL)
     for arguments, message in [
-        ((good, 5, 16, 1), "repack: bits: expected 2, 3, 4 or 8; got 5"),
-        ((good, 4, 12, 1), "activation_bits: expected 16, or 2 to 8; got 12"),
-        ((good, 4, 16, 0), "threads: expected 1 or more; got 0"),
-        ((good, 3, 16, 1), r"weight_packed: expected .* K a multiple of 32 for bits=3; got \[8, 4\]"),
-        ((good[0], 4, 16, 1), r"weight_packed: expected .* got \[4\]"),
+        ((good, 5, 16), "repack: bits: expected 2, 3, 4 or 8; got 5"),
+        ((good, 4, 12), "activation_bits: expected 16, or 2 to 8; got 12"),
+        ((good, 3, 16), "repack: K: expected a positive multiple of 32; got 42"),
+        ((good[0], 4, 16), r"weight_packed: expected contiguous int32 .* got int32 \[4\]"),
+        ((good.long(), 4, 16), "weight_packed: expected contiguous int32"),
+        ((good.T, 4, 16), "weight_packed: expected contiguous int32"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            host.repack(*arguments)
-    with pytest.raises(TypeError):
-        host.repack(good.astype(np.int64), 4, 16, 1)
-    with pytest.raises(ValueError, match="column_sums: bits"):
-        host.column_sums(good, 6, 1)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.sliderquant.repack(*arguments)
+    with pytest.raises(RuntimeError, match="column_sums: bits"):
+        torch.ops.sliderquant.column_sums(good, 6)
 
 
 def test_gpu_lanes_share_out_a_chunk(host):

@@ -30,6 +30,8 @@ struct Kernels {
   void (*quantize)(const Quantize&, Parallel);
   void (*hadamard)(const Hadamard&, Parallel);
   void (*integer_gemm)(const IntegerGemm&, Parallel);
+  void (*repack)(const Repack&, Parallel);
+  void (*column_sums)(const ColumnSums&, Parallel);
 };
 
 #define SLIDERQUANT_KERNELS(isa)                    \
@@ -38,6 +40,8 @@ struct Kernels {
   void quantize(const Quantize&, Parallel);         \
   void hadamard(const Hadamard&, Parallel);         \
   void integer_gemm(const IntegerGemm&, Parallel);  \
+  void repack(const Repack&, Parallel);             \
+  void column_sums(const ColumnSums&, Parallel);    \
   }
 SLIDERQUANT_KERNELS(portable)
 SLIDERQUANT_KERNELS(avx2)

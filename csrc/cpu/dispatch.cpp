@@ -13,7 +13,8 @@
 namespace sliderquant::cpu {
 namespace {
 
-#define SLIDERQUANT_ROW(isa) {#isa, {isa::wna16, isa::quantize, isa::hadamard, isa::integer_gemm}}
+#define SLIDERQUANT_ROW(isa) \
+  {#isa, {isa::wna16, isa::quantize, isa::hadamard, isa::integer_gemm, isa::repack, isa::column_sums}}
 const std::pair<const char*, Kernels> kTable[] = {
 #ifdef SLIDERQUANT_X86
     SLIDERQUANT_ROW(avx512),
