@@ -142,14 +142,18 @@ SLIDERQUANT_HOST_DEVICE constexpr int64_t word_index(int bits, int64_t in_featur
          lane * width + word % width;
 }
 
+// The code of channel n and input channel k.
 SLIDERQUANT_HOST_DEVICE constexpr uint32_t code(const uint32_t* packed, Family family, int bits, int64_t in_features,
                                                 int64_t n, int64_t k) {
   const int period = run_index(k) / period_codes(bits), j = run_index(k) % period_codes(bits);
+  const int pieces = bits == 3 ? 3 : 1;  // all bits of a code stand together but for 3 bits
+  const uint32_t mask = (1u << bits / pieces) - 1;
   uint32_t value = 0;
-  for (int b = 0; b < bits; ++b) {
+  for (int b = 0; b < pieces; ++b) {
     const int bit = kernel_bit(family, bits, j, b);
     const int d = period * period_words(bits) + bit / 32;
-    value |= (packed[word_index(bits, in_features, n, k / kChunkCodes, owner(k), d)] >> bit % 32 & 1) << b;
+    const int64_t word = word_index(bits, in_features, n, k / kChunkCodes, owner(k), d);
+    value |= (packed[word] >> bit % 32 & mask) << b;
   }
   return value;
 }

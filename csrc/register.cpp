@@ -174,6 +174,9 @@ void run_cuda(const char* op, const Args& args, int device, const char* (*launch
 // The workspace goes back to torch's allocator as soon as the kernels are enqueued: what is allocated next on the same
 // stream runs after them.
 void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
+  if (reinterpret_cast<uintptr_t>(args.w) % 16 != 0) {
+    fail(op, "w_packed: expected an address that is a multiple of 16; got ", static_cast<const void*>(args.w));
+  }
   const int device = x.device().index();
   const auto plan = sliderquant::cuda::plan_wna16(args, device);
   const int64_t size = sliderquant::cuda::workspace_size(args, plan);

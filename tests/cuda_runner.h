@@ -1,7 +1,8 @@
 // Runs the body of a CUDA kernel on the host, block after block. Every thread of a block is a fiber; they take turns in
-// a random order, changing wherever the device would wait for others. So it finds what depends on that order,
-// collectives that not all lanes reach, barriers that some threads skip, accesses outside the kernel's buffers, and
-// reads of shared memory that nothing was written to (poison) or that an asynchronous copy has not reached yet.
+// a random order, evenly or with some warps far ahead, changing wherever the device would wait for others. So it finds
+// what depends on that order, collectives that not all lanes reach, barriers that some threads skip, accesses outside
+// the kernel's buffers, and reads of shared memory that nothing was written to (poison) or that an asynchronous copy
+// has not reached yet.
 #pragma once
 
 #include <ucontext.h>
@@ -149,6 +150,7 @@ class BlockRunner {
     const char* name = nullptr;
     void (*compute)(void* const*) = nullptr;
     void* operands[kWarp];
+    uint64_t haste = 0;
   };
 
   struct Buffer {
@@ -157,6 +159,7 @@ class BlockRunner {
     bool write;
   };
 
+  uint64_t haste(int thread) const { return warps_[static_cast<size_t>(thread / kWarp)].haste; }
   Fiber& fiber() { return *fibers_[static_cast<size_t>(thread_)]; }
 
   void run_block(int threads) {
@@ -178,8 +181,15 @@ class BlockRunner {
       makecontext(&fiber.context, &BlockRunner::enter, 0);
       ready_.push_back(thread);
     }
+    // In half of the blocks all threads advance evenly, in the others some warps run far ahead.
+    const int draws = random_() % 2 != 0 ? 1 : 16;
+    for (Warp& warp : warps_) warp.haste = random_();
     while (!ready_.empty() && error_.empty()) {
-      const size_t at = random_() % ready_.size();
+      size_t at = random_() % ready_.size();
+      for (int draw = 1; draw < draws; ++draw) {
+        const size_t other = random_() % ready_.size();
+        if (haste(ready_[other]) > haste(ready_[at])) at = other;
+      }
       thread_ = ready_[at];
       ready_[at] = ready_.back();
       ready_.pop_back();

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.common import relative_error
 from sliderquant_vllm import ops
-from tests.native import check_close, random_weight
+from sliderquant_vllm.packing import pack_codes
+from tests.native import Weight, random_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
@@ -22,15 +23,86 @@ def on_gpu(*values):
     return [value.cuda() if isinstance(value, torch.Tensor) else value for value in values]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+# Values of SLIDERQUANT_CUDA_WNA16; empty: what the dispatch chooses.
+KERNELS = ("", "plain", "sm80:tokens=8", "sm80:tokens=16:splits=2", "sm80:tokens=32:splits=3", "sm80:tokens=64")
+# N, K, group_size, M
+ODD_SHAPES = (
+    (1, 32, 32, 1),
+    (17, 96, -1, 13),
+    (40, 288, 32, 5),
+    (130, 1088, 64, 3),
+    (300, 640, 128, 9),
+    (33, 2048, 128, 17),
+    (130, 256, 32, 100),
+)
+REAL_SHAPES = (
+    (28672, 4096, 128, 1),
+    (4096, 14336, 128, 16),
+    (6144, 4096, -1, 33),
+    (4096, 4096, 32, 64),
+    (7168, 8192, 64, 7),
+    (5632, 2048, 128, 200),
+)
+
+
+def check_wna16_gemm(bits: int, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    n, k, group_size, m = shape
+    for symmetric in (False, True):
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
+        scale = torch.rand(1 if group_size == -1 else k // group_size, n, device="cuda") * 0.02 + 0.001
+        zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, device="cuda")
+        if symmetric:
+            zero.fill_(2 ** (bits - 1))
+        dense = Weight(codes, codes, scale, zero, bits, group_size).dense
+        # Rows of x that 16-byte copies can take, and rows that they cannot.
+        x = torch.randn(m, k + 8, device="cuda").to(dtype)
+        x = x[:, 3 : k + 3] if symmetric else x[:, :k].contiguous()
+        bias = torch.randn(n, device="cuda") if symmetric else None
+        w_packed = ops.repack(pack_codes(codes, bits), bits)
+        y = ops.wna16_gemm(x, w_packed, scale, None if symmetric else zero, bias, bits, group_size)
+        exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+        # The rounding of the result, and sums on tensor cores, which have a few bits fewer than fp32.
+        half_ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        bound = half_ulp * exact.abs() + 1e-5 * (x.double().abs() @ dense.abs().T) + 2**-24
+        assert y.dtype == dtype and torch.all((y - exact).abs() <= bound), (shape, symmetric)
+        assert y.numel() < 500 or relative_error(y, exact) < 3e-3, (shape, symmetric, relative_error(y, exact))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_wna16_gemm(bits, dtype):
-    weight = random_weight(130, 256, bits, 32, symmetric=False)
-    x, bias = torch.randn(33, 256).to(dtype), torch.randn(130)
-    w_packed = ops.repack(weight.packed.cuda(), bits)
-    y = torch.ops.sliderquant.wna16_gemm(*on_gpu(x, w_packed, weight.scale, weight.zero, bias, bits, 32))
-    exact = x.double() @ weight.dense.T + bias.double()
-    check_close(y.cpu(), exact, x.double().abs() @ weight.dense.abs().T + bias.abs(), dtype, bits)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wna16_gemm_on_odd_shapes(monkeypatch, bits, dtype, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", kernel)
+    for shape in ODD_SHAPES:
+        check_wna16_gemm(bits, dtype, shape)
+
+
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wna16_gemm_on_real_shapes(bits, shape):
+    check_wna16_gemm(bits, torch.bfloat16, shape)
+
+
+def test_wna16_gemm_repeats_bit_by_bit_and_from_a_graph(monkeypatch):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", "sm80:tokens=16:splits=4")
+    weight = random_weight(300, 2048, 4, 128, False)
+    w_packed, scale, zero = on_gpu(ops.repack(weight.packed.cuda(), 4), weight.scale, weight.zero)
+    x = torch.randn(9, 2048, device="cuda", dtype=torch.bfloat16)
+    expected = ops.wna16_gemm(x, w_packed, scale, zero, None, 4, 128)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.wna16_gemm(x, w_packed, scale, zero, None, 4, 128)
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_wna16_gemm_names_a_wrong_override(monkeypatch):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", "sm80:tokens=7")
+    with pytest.raises(RuntimeError, match="SLIDERQUANT_CUDA_WNA16: expected plain.*got sm80:tokens=7"):
+        check_wna16_gemm(4, torch.bfloat16, ODD_SHAPES[0])
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])

@@ -1,0 +1,240 @@
+"""Times our CUDA kernels against torch's bf16 product on a GPU, beside what a model expects of them.
+
+    python -m benchmarks.gpu_kernels --shapes 28672x4096 --m 1 16 64 --json times.json
+
+Calls are replayed from a CUDA graph, so that no launch from Python counts, and go through more copies of the weights
+than L2 holds. Each time is a median over replays. The error of an op is that against the float64 product of the weights
+that it stands for. Without a GPU only the model is printed; its columns say that they were not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_model
+from benchmarks.common import relative_error
+from sliderquant_vllm import ops
+from sliderquant_vllm.packing import pack_codes
+
+# gate_up, down, qkv and o of Llama-3 8B, gate_up of 70B on one of eight GPUs
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (7168, 8192)]
+TOKENS = [1, 4, 8, 16, 32, 64, 128]
+BASELINE = "torch bf16"
+MICRO = 1e6
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    bytes: int  # of the weights that one call reads
+    copies: int
+    run: Callable[[int, torch.Tensor], torch.Tensor]  # (copy of the weights, x) -> y
+    dense: torch.Tensor | None  # [N, K], what the weights stand for; None: not checked
+
+
+class Absent(Exception):
+    """A peer that this installation does not have."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rows, absent = [], {}
+    if torch.cuda.is_available():
+        for n, k in args.shapes:
+            measure(args, n, k, rows, absent)
+    else:
+        print("No GPU that torch can use: nothing is measured, the model alone.\n")
+        rows = [
+            {"op": op_name(bits, args.group_size), "n": n, "k": k, "m": m, "us": None, "bits": bits}
+            for n, k in args.shapes
+            for bits in args.bits
+            for m in args.m
+        ]
+    for row in rows:
+        row |= expected(row, args)
+    print(table(rows, args))
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason}")
+    if args.json:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        result = {"gpu": gpu, "torch": torch.__version__, "group_size": args.group_size, "rows": rows}
+        args.json.write_text(json.dumps(result | {"absent": absent}, indent=2))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="NxK")
+    parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
+    parser.add_argument("--plain", action="store_true", help="time the plain kernels as well")
+    parser.add_argument("--replays", type=int, default=9, help="that a median is taken of")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    return parser.parse_args(argv)
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        n, k = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NxK such as 28672x4096, found {text!r}") from None
+    if k % 128:
+        raise argparse.ArgumentTypeError(f"{text}: K must be a multiple of 128")
+    return n, k
+
+
+def op_name(bits: int, group_size: int) -> str:
+    return f"sliderquant W{bits}A16 {'per channel' if group_size == -1 else f'g{group_size}'}"
+
+
+def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: dict[str, str]) -> None:
+    cold = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    builders = {BASELINE: lambda: bf16_contender(n, k, cold), "torch int4": lambda: int4_contender(n, k, cold)}
+    for bits in args.bits:
+        name = op_name(bits, args.group_size)
+        builders[name] = lambda bits=bits: own_contender(args, n, k, bits, cold, "")
+        if args.plain:
+            builders[f"{name}, plain"] = lambda bits=bits: own_contender(args, n, k, bits, cold, "plain")
+    for name, build in builders.items():
+        try:
+            contender = build()
+            for m in args.m:
+                rows.append({"op": name, "n": n, "k": k, "m": m} | timed(contender, k, m, args.replays))
+        except Absent as reason:
+            absent[name] = str(reason)
+        torch.cuda.empty_cache()
+
+
+def copies_of(size: int, cold: int) -> int:
+    return max(2, -(-cold // size))
+
+
+def bf16_contender(n: int, k: int, cold: int) -> Contender:
+    size = 2 * n * k
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_of(size, cold))]
+    return Contender(
+        BASELINE, size, len(weights), lambda copy, x: torch.nn.functional.linear(x, weights[copy]), weights[0]
+    )
+
+
+def int4_contender(n: int, k: int, cold: int) -> Contender:
+    """The int4 product that torch itself has: bf16, asymmetric, groups of 128."""
+    try:
+        codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scales = torch.randn(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
+        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
+        torch.ops.aten._weight_int4pack_mm(torch.ones(1, k, device="cuda").bfloat16(), packed, 128, scales)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise Absent(str(error).splitlines()[0]) from error
+    return Contender(
+        "torch int4",
+        n * k // 2,
+        len(weights),
+        lambda copy, x: torch.ops.aten._weight_int4pack_mm(x, weights[copy], 128, scales),
+        None,
+    )
+
+
+def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int, kernel: str) -> Contender:
+    if not ops.is_native("cuda"):
+        raise Absent("this library was built without CUDA kernels")
+    groups = 1 if args.group_size == -1 else k // args.group_size
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(groups, n, device="cuda") * 0.02 + 0.001
+    zero = torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8, device="cuda")
+    if args.symmetric:
+        zero.fill_(2 ** (bits - 1))
+    dense = codes.float().unflatten(1, (groups, -1)) - zero.T.float()[..., None]
+    dense = (dense * scale.T[..., None]).flatten(1)
+    size = n * k * bits // 8
+    packed = ops.repack(pack_codes(codes, bits), bits)
+    weights = [packed.clone() for _ in range(copies_of(size, cold))]
+    zero = None if args.symmetric else zero
+
+    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
+        os.environ["SLIDERQUANT_CUDA_WNA16"] = kernel
+        return ops.wna16_gemm(x, weights[copy], scale, zero, None, bits, args.group_size)
+
+    return Contender(op_name(bits, args.group_size), size, len(weights), run, dense)
+
+
+def timed(contender: Contender, k: int, m: int, replays: int) -> dict:
+    """Microseconds per call, the share of the weights' bytes, and the error of the first 16 tokens."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    y = contender.run(0, x)
+    calls = contender.copies * max(1, 20 // contender.copies)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        contender.run(0, x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in range(calls):
+                contender.run(call % contender.copies, x)
+        times = []
+        for replay in range(-2, replays):  # two rounds to warm up
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            if replay >= 0:
+                times.append(begin.elapsed_time(end) * 1e3 / calls)
+    microseconds = statistics.median(times)
+    error = None
+    if contender.dense is not None:
+        error = relative_error(y[:16], x[:16].double() @ contender.dense.double().T)
+    return {"us": microseconds, "gb_per_s": contender.bytes / microseconds / 1e3, "error": error}
+
+
+def expected(row: dict, args: argparse.Namespace) -> dict:
+    """What the model says of an H200: of our kernels and of a 16-bit product."""
+    m, n, k = row["m"], row["n"], row["k"]
+    sixteen = gpu_model.bf16_cost(gpu_model.H200, m, n, k)
+    if row["op"] == BASELINE:
+        return {"model_us": sixteen * MICRO, "model_limit": ""}
+    if not row["op"].startswith("sliderquant") or row["op"].endswith("plain"):
+        return {"model_us": None, "model_limit": ""}
+    bits = int(row["op"].split("W")[1][0])
+    cost = gpu_model.wna16_cost(gpu_model.H200, m, n, k, bits, args.group_size, not args.symmetric)
+    return {
+        "model_us": cost.total * MICRO,
+        "model_limit": cost.limit,
+        "model_speedup": sixteen / cost.total,
+        "model_blocks": cost.blocks,
+        "model_splits": cost.splits,
+        "model_blocks_per_processor": cost.blocks_per_processor,
+    }
+
+
+def table(rows: list[dict], args: argparse.Namespace) -> str:
+    """Markdown; every figure of the model in columns that say that it was not measured."""
+    baseline = {(row["n"], row["k"], row["m"]): row["us"] for row in rows if row["op"] == BASELINE}
+    heads = ["op", "N x K", "M", "us", "x bf16", "GB/s", "error"]
+    heads += ["H200 model, not measured: us", "x bf16", "limit", "blocks (splits)"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        base = baseline.get((row["n"], row["k"], row["m"]))
+        cells = [row["op"], f"{row['n']} x {row['k']}", str(row["m"])]
+        cells += [f"{row['us']:.1f}", f"{base / row['us']:.2f}" if base else "-"] if row["us"] else ["-", "-"]
+        cells += [f"{row['gb_per_s']:.0f}" if row.get("gb_per_s") else "-"]
+        cells += [f"{row['error']:.1e}" if row.get("error") is not None else "-"]
+        cells += [f"{row['model_us']:.1f}" if row["model_us"] else "-"]
+        cells += [f"{row['model_speedup']:.2f}" if "model_speedup" in row else "-", row["model_limit"] or "-"]
+        cells += [f"{row['model_blocks']} ({row['model_splits']})" if "model_blocks" in row else "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the W*A16 kernel for tensor cores should take on a GPU, from its bytes, instructions and occupancy.
+
+A model, to be compared with what is measured and never to be quoted instead of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sliderquant_vllm import ops
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A GPU by its data sheet, unless a comment says otherwise."""
+
+    name: str
+    arch: int
+    processors: int
+    clock: float  # Hz, under load
+    memory: float  # bytes/s
+    l2: float  # bytes/s; microbenchmarks of others
+    mma_cycles: float  # of one mma.m16n8k16 in a quarter of an SM; on sm_90 mma.sync reaches 62% of wgmma's rate
+    launch: float  # s from one kernel of a CUDA graph to the next, and until its pipelines are full; a guess
+
+
+H200 = Machine("H200", 90, 132, 1.755e9, 4.8e12, 5.5e12, 6.5, 3e-6)
+REDUCE_LAUNCH = 2e-6  # s of the second kernel, which finds everything in L2; a guess
+MEMORY_SHARE = 0.92  # of the data sheet's bandwidth that a long copy reaches
+QUARTERS = 4  # of an SM, each of which issues one instruction of a warp per cycle
+OVERHEAD = 100  # instructions per chunk: copies, addresses, scales, the loop; counted in the machine code of sm_90a
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds that each resource is busy, were it alone; the slowest one and the launches are the time of the op."""
+
+    memory: float
+    l2: float
+    issue: float
+    tensor: float
+    launches: float
+    blocks: int
+    splits: int
+    blocks_per_processor: int
+
+    @property
+    def total(self) -> float:
+        return max(self.memory, self.l2, self.issue, self.tensor) + self.launches
+
+    @property
+    def limit(self) -> str:
+        return max(("memory", "l2", "issue", "tensor"), key=lambda name: getattr(self, name))
+
+
+def chunk_instructions(bits: int, fp16: bool, tiles: int, groups: int, asymmetric: bool) -> float:
+    """Of a warp for 32 channels x 128 k, as expand.cuh and sm80_wna16.cuh say, per lane."""
+    mantissa = 10 if fp16 else 7
+    places = max(1, min(4, mantissa // bits))
+    pairs = 64
+    if bits > mantissa:
+        expand = 5 * pairs
+    else:
+        shifts = -(-(16 // bits) // places) - 1  # of a word
+        gather = 4 * 5 if bits == 3 else 0  # the sixteenth pair
+        expand = 2 * pairs + 4 * bits * shifts + gather
+    products = 16 * tiles
+    reads = 4 * tiles + bits
+    offsets = groups * asymmetric * (5 + 4 * places)
+    add_group = groups * (4 + 12 * tiles)
+    return expand + products + reads + offsets + add_group + OVERHEAD
+
+
+def wna16_cost(
+    machine: Machine, m: int, n: int, k: int, bits: int, group_size: int, asymmetric: bool, fp16: bool = False
+) -> Cost:
+    plan = ops.host().gpu.plan_wna16(m, n, k, bits, machine.arch, machine.processors)
+    tiles, splits, blocks = plan["tokens"] // 8, plan["splits"], plan["blocks"]
+    groups = 1 if group_size == -1 else k // group_size
+    weights = 4 * ops.host().gpu.packed_words(bits, n, k) + groups * n * (5 if asymmetric else 4)
+    chunks_of_block = -(-k // 128) / splits  # of 128 k
+    x_reads = blocks * chunks_of_block * 128 * min(m, plan["tokens"]) * 2
+    partial = 2 * 4 * splits * m * n if splits > 1 else 0
+    token_tiles = -(-m // plan["tokens"])
+    # Warp-chunks that the SM with the most blocks has to do, shared by its quarters.
+    busiest = -(-blocks // machine.processors)
+    warp_chunks = busiest * chunks_of_block * plan["channels"] / 32 / QUARTERS
+    groups_of_chunk = 1 if group_size == -1 else max(1, 128 // group_size)
+    instructions = chunk_instructions(bits, fp16, tiles, groups_of_chunk, asymmetric)
+    return Cost(
+        memory=(weights + 2 * m * (k + n)) / (machine.memory * MEMORY_SHARE),
+        l2=(weights * token_tiles + x_reads + partial + 2 * m * n) / machine.l2,
+        issue=warp_chunks * instructions / machine.clock,
+        tensor=warp_chunks * 16 * tiles * machine.mma_cycles / machine.clock,
+        launches=machine.launch + (REDUCE_LAUNCH if splits > 1 else 0),
+        blocks=blocks,
+        splits=splits,
+        blocks_per_processor=min(plan["blocks_per_processor"], busiest),
+    )
+
+
+def bf16_cost(machine: Machine, m: int, n: int, k: int) -> float:
+    """Seconds of the 16-bit product at best: its bytes, or its operations at the data sheet's rate."""
+    wgmma_cycles = 4  # of as many operations as one mma.m16n8k16
+    operations = m * n * k / (16 * 8 * 16) * wgmma_cycles / (machine.processors * QUARTERS * machine.clock)
+    return max(2 * (n * k + m * (n + k)) / (machine.memory * MEMORY_SHARE), operations) + machine.launch

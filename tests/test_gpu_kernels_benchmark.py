@@ -1,0 +1,44 @@
+"""The benchmark of the CUDA kernels where there is no GPU: the model, and the table that says what was not measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_kernels, gpu_model
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
+
+
+@without_gpu
+def test_prints_the_model_alone(tmp_path, capsys):
+    target = tmp_path / "times.json"
+    gpu_kernels.main(["--shapes", "4096x4096", "--m", "1", "64", "--bits", "4", "2", "--json", str(target)])
+    text = capsys.readouterr().out
+    assert "nothing is measured" in text and "model, not measured" in text
+    found = json.loads(target.read_text())
+    assert found["gpu"] is None and len(found["rows"]) == 4
+    assert all(row["us"] is None and row["model_us"] > 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instructions"),
+    [
+        # expansion + products + reads of shared memory + offsets + scaling of groups, beside the overhead
+        ((4, True, 1, 1, False), (128 + 16) + 16 + 8 + 0 + 16),
+        ((4, False, 1, 1, False), (128 + 48) + 16 + 8 + 0 + 16),
+        ((2, True, 2, 1, True), (128 + 8) + 32 + 10 + 21 + 28),
+        ((3, False, 1, 4, True), (128 + 24 + 20) + 16 + 7 + 52 + 64),
+        ((8, False, 1, 1, False), 320 + 16 + 12 + 0 + 16),
+    ],
+)
+def test_instructions_of_the_model(arguments, instructions):
+    assert gpu_model.chunk_instructions(*arguments) == instructions + gpu_model.OVERHEAD
+
+
+def test_the_model_is_no_faster_than_memory():
+    cost = gpu_model.wna16_cost(gpu_model.H200, 1, 28672, 4096, 4, 128, True)
+    assert cost.total >= 28672 * 4096 / 2 / gpu_model.H200.memory
+    assert cost.total < gpu_model.bf16_cost(gpu_model.H200, 1, 28672, 4096)
