@@ -77,4 +77,11 @@ struct ColumnSums {
   int bits;
 };
 
+// A product with several weights: expert e meets the tokens [offsets[e], offsets[e + 1]), and what belongs to its weight
+// follows that of expert e - 1. Tokens behind the last offset meet none.
+struct Experts {
+  const int32_t* offsets;  // [count + 1], from 0 up
+  int64_t count;
+};
+
 }  // namespace sliderquant

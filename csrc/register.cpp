@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -57,6 +56,7 @@ const char* dtype_text(ScalarType type) {
     case ScalarType::Float: return "float32";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
     default: return torch::headeronly::toString(type);
   }
 }
@@ -74,18 +74,26 @@ struct Expectation {
   const char* op;
   std::string context;  // the values that the expected shapes follow from
   const Tensor& like;   // its device
+  std::vector<int64_t> experts = {};  // how many, where there is more than one weight
 };
 
 // Contiguous, of this dtype and shape, on the same device.
 void check(const Expectation& e, const char* name, const Tensor& tensor, ScalarType type,
-           std::initializer_list<int64_t> shape) {
+           const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();
   const bool same_shape = sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
   if (!same_shape || tensor.scalar_type() != type || tensor.device() != e.like.device()) {
-    fail(e.op, name, ": expected ", dtype_text(type), ' ', shape_text(shape.begin(), shape.size()), e.context,
+    fail(e.op, name, ": expected ", dtype_text(type), ' ', shape_text(shape.data(), shape.size()), e.context,
          " on the device of the input; got ", describe(tensor));
   }
   if (!tensor.is_contiguous()) fail(e.op, name, ": expected a contiguous tensor; call .contiguous() on it");
+}
+
+// The same of something that every weight has.
+void check_each(const Expectation& e, const char* name, const Tensor& tensor, ScalarType type,
+                std::vector<int64_t> shape) {
+  shape.insert(shape.begin(), e.experts.begin(), e.experts.end());
+  check(e, name, tensor, type, shape);
 }
 
 Float float_type(const char* op, const char* name, ScalarType type, bool allow_fp32) {
@@ -119,10 +127,10 @@ void check_weight(const Expectation& e, const Tensor& w, int bits, int64_t n, in
   const ScalarType type = integer ? ScalarType::Byte : ScalarType::Int;
   const int64_t elements = integer ? 4 : 1;  // of a word
   if (e.like.device().is_cpu()) {
-    check(e, "w_packed", w, type, {layout::panels(n), layout::row_words(bits, k), elements * layout::kPanelRows});
+    check_each(e, "w_packed", w, type, {layout::panels(n), layout::row_words(bits, k), elements * layout::kPanelRows});
   } else {
-    check(e, "w_packed", w, type,
-          {layout::gpu::panels(n), layout::gpu::chunks(k), elements * layout::gpu::chunk_words(bits)});
+    check_each(e, "w_packed", w, type,
+               {layout::gpu::panels(n), layout::gpu::chunks(k), elements * layout::gpu::chunk_words(bits)});
   }
 }
 
@@ -134,6 +142,19 @@ const T* data(const Tensor& tensor) {
 template <class T>
 const T* data(const Optional& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+// Where the tokens of each expert begin, and where those of the last one end.
+sliderquant::Experts check_offsets(const Expectation& e, const Tensor& offsets, int64_t m) {
+  check(e, "offsets", offsets, ScalarType::Int, {e.experts[0] + 1});
+  const sliderquant::Experts experts = {data<int32_t>(offsets), e.experts[0]};
+  for (int64_t i = 0; i <= experts.count; ++i) {
+    const int32_t at = experts.offsets[i], least = i > 0 ? experts.offsets[i - 1] : 0;
+    if (at < least || at > (i > 0 ? m : 0)) {
+      fail(e.op, "offsets: expected to rise from 0 to at most M=", m, "; got ", at, " at ", i, " behind ", least);
+    }
+  }
+  return experts;
 }
 
 void run_parallel(int64_t count, int64_t grain, sliderquant::cpu::RangeBody body, void* context) {
@@ -200,9 +221,9 @@ void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args)
 #define SLIDERQUANT_LAUNCH(kernel) nullptr
 #endif
 
-Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, const Optional& zero,
-                  const Optional& bias, int64_t bits, int64_t group_size) {
-  const char* op = "wna16_gemm";
+// With one weight, or with those of several experts where there are offsets.
+Tensor wna16(const char* op, const Tensor* offsets, const Tensor& x, const Tensor& w_packed, const Tensor& scale,
+             const Optional& zero, const Optional& bias, int64_t bits, int64_t group_size) {
   const Float type = check_input(op, x);
   check_bits(op, "bits", bits);
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
@@ -211,16 +232,20 @@ Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, 
   const int64_t m = x.size(0), k = x.size(1);
   check_in_features(op, k);
   if (group_size != -1 && k % group_size != 0) fail(op, "group_size: ", group_size, " does not divide K=", k);
-  if (scale.dim() != 2) fail(op, "scale: expected float32 [G, N]; got ", describe(scale));
-  const int64_t group = group_size == -1 ? k : group_size, groups = k / group, n = scale.size(1);
+  const bool grouped = offsets != nullptr;
+  if (scale.dim() != (grouped ? 3 : 2)) {
+    fail(op, "scale: expected float32 ", grouped ? "[E, G, N]" : "[G, N]", "; got ", describe(scale));
+  }
+  const int64_t group = group_size == -1 ? k : group_size, groups = k / group, n = scale.size(scale.dim() - 1);
   const Expectation e = {op,
                          " for bits=" + std::to_string(bits) + ", group_size=" + std::to_string(group_size) +
                              ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
-                         x};
-  check(e, "scale", scale, ScalarType::Float, {groups, n});
+                         x, grouped ? std::vector<int64_t>{scale.size(0)} : std::vector<int64_t>{}};
+  check_each(e, "scale", scale, ScalarType::Float, {groups, n});
   check_weight(e, w_packed, static_cast<int>(bits), n, k, false);
-  if (zero.has_value()) check(e, "zero", *zero, ScalarType::Byte, {groups, n});
-  if (bias.has_value()) check(e, "bias", *bias, ScalarType::Float, {n});
+  if (zero.has_value()) check_each(e, "zero", *zero, ScalarType::Byte, {groups, n});
+  if (bias.has_value()) check_each(e, "bias", *bias, ScalarType::Float, {n});
+  const sliderquant::Experts experts = grouped ? check_offsets(e, *offsets, m) : sliderquant::Experts{};
 
   const Tensor y = torch::stable::new_empty(x, {m, n});
   if (m == 0 || n == 0) return y;
@@ -239,12 +264,24 @@ Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, 
       .group = group,
       .bits = static_cast<int>(bits),
   };
-  if (x.device().is_cpu()) {
-    sliderquant::cpu::kernels().wna16(args, run_parallel);
+  if (grouped) {
+    sliderquant::cpu::wna16_grouped(args, experts, run_parallel);
+  } else if (x.device().is_cpu()) {
+    sliderquant::cpu::kernels().wna16(args, sliderquant::cpu::all_panels(n), run_parallel);
   } else {
     wna16_cuda(op, x, args);
   }
   return y;
+}
+
+Tensor wna16_gemm(const Tensor& x, const Tensor& w_packed, const Tensor& scale, const Optional& zero,
+                  const Optional& bias, int64_t bits, int64_t group_size) {
+  return wna16("wna16_gemm", nullptr, x, w_packed, scale, zero, bias, bits, group_size);
+}
+
+Tensor wna16_gemm_grouped(const Tensor& x, const Tensor& offsets, const Tensor& w_packed, const Tensor& scale,
+                          const Optional& zero, const Optional& bias, int64_t bits, int64_t group_size) {
+  return wna16("wna16_gemm_grouped", &offsets, x, w_packed, scale, zero, bias, bits, group_size);
 }
 
 void check_block(const char* op, int64_t block, int64_t k) {
@@ -290,10 +327,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, i
   return {codes, scale, zero, row_sum};
 }
 
-Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const Tensor& row_sum,
-                 const Tensor& w_packed, const Tensor& sw, const Optional& zw, const Tensor& col_sum,
-                 const Optional& bias, int64_t weight_bits, ScalarType out_dtype) {
-  const char* op = "w4a4_gemm";
+// With one weight, or with those of several experts where there are offsets.
+Tensor w4a4(const char* op, const Tensor* offsets, const Tensor& codes, const Tensor& sa, const Tensor& za,
+            const Tensor& row_sum, const Tensor& w_packed, const Tensor& sw, const Optional& zw, const Tensor& col_sum,
+            const Optional& bias, int64_t weight_bits, ScalarType out_dtype) {
   check_bits(op, "weight_bits", weight_bits);
   const Float type = float_type(op, "out_dtype", out_dtype, true);
   if (codes.dim() != 2) fail(op, "codes: expected uint8 [M, K]; got ", describe(codes));
@@ -304,21 +341,25 @@ Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const 
   if (k > k_limit) {
     fail(op, "K: at most ", k_limit, " input channels keep ", weight_bits, "-bit sums within int32; got ", k);
   }
-  if (sw.dim() != 1) fail(op, "sw: expected float32 [N]; got ", describe(sw));
-  const int64_t n = sw.size(0);
+  const bool grouped = offsets != nullptr;
+  if (sw.dim() != (grouped ? 2 : 1)) {
+    fail(op, "sw: expected float32 ", grouped ? "[E, N]" : "[N]", "; got ", describe(sw));
+  }
+  const int64_t n = sw.size(sw.dim() - 1);
   const Expectation e = {op,
                          " for weight_bits=" + std::to_string(weight_bits) + ", M=" + std::to_string(m) +
                              ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
-                         codes};
+                         codes, grouped ? std::vector<int64_t>{sw.size(0)} : std::vector<int64_t>{}};
   check(e, "codes", codes, ScalarType::Byte, {m, k});
   check(e, "sa", sa, ScalarType::Float, {m});
   check(e, "za", za, ScalarType::Int, {m});
   check(e, "row_sum", row_sum, ScalarType::Int, {m});
-  check(e, "sw", sw, ScalarType::Float, {n});
-  check(e, "col_sum", col_sum, ScalarType::Int, {n});
+  check_each(e, "sw", sw, ScalarType::Float, {n});
+  check_each(e, "col_sum", col_sum, ScalarType::Int, {n});
   check_weight(e, w_packed, static_cast<int>(weight_bits), n, k, true);
-  if (zw.has_value()) check(e, "zw", *zw, ScalarType::Byte, {n});
-  if (bias.has_value()) check(e, "bias", *bias, ScalarType::Float, {n});
+  if (zw.has_value()) check_each(e, "zw", *zw, ScalarType::Byte, {n});
+  if (bias.has_value()) check_each(e, "bias", *bias, ScalarType::Float, {n});
+  const sliderquant::Experts experts = grouped ? check_offsets(e, *offsets, m) : sliderquant::Experts{};
 
   const Tensor y = torch::stable::new_empty(codes, {m, n}, out_dtype);
   if (m == 0 || n == 0) return y;
@@ -339,12 +380,27 @@ Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const 
       .k = k,
       .bits = static_cast<int>(weight_bits),
   };
-  if (codes.device().is_cpu()) {
-    sliderquant::cpu::kernels().integer_gemm(args, run_parallel);
+  if (grouped) {
+    sliderquant::cpu::integer_gemm_grouped(args, experts, run_parallel);
+  } else if (codes.device().is_cpu()) {
+    sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
   } else {
     run_cuda(op, args, codes.device().index(), SLIDERQUANT_LAUNCH(integer_gemm));
   }
   return y;
+}
+
+Tensor w4a4_gemm(const Tensor& codes, const Tensor& sa, const Tensor& za, const Tensor& row_sum,
+                 const Tensor& w_packed, const Tensor& sw, const Optional& zw, const Tensor& col_sum,
+                 const Optional& bias, int64_t weight_bits, ScalarType out_dtype) {
+  return w4a4("w4a4_gemm", nullptr, codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype);
+}
+
+Tensor w4a4_gemm_grouped(const Tensor& codes, const Tensor& sa, const Tensor& za, const Tensor& row_sum,
+                         const Tensor& offsets, const Tensor& w_packed, const Tensor& sw, const Optional& zw,
+                         const Tensor& col_sum, const Optional& bias, int64_t weight_bits, ScalarType out_dtype) {
+  return w4a4("w4a4_gemm_grouped", &offsets, codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits,
+              out_dtype);
 }
 
 Tensor hadamard(const Tensor& x, int64_t block) {

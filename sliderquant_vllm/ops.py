@@ -9,14 +9,17 @@ Tensors at this boundary (M tokens, N output channels, K input channels, G group
     scale    fp32 [G, N], zero uint8 [G, N] (None when symmetric): transposed against the checkpoint, so that
              neighbouring output channels of one group are neighbours in memory
     bias     fp32 [N] or None
+Grouped ops take those of E experts, each with a leading dimension of E, and the rows of x in the order of experts.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +35,10 @@ SCHEMAS = {
     "hadamard": "(Tensor x, int block_size) -> Tensor",
     "w4a4_gemm": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, "
     "Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
+    "wna16_gemm_grouped": "(Tensor x, Tensor offsets, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, "
+    "int bits, int group_size) -> Tensor",
+    "w4a4_gemm_grouped": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor offsets, Tensor w_packed, "
+    "Tensor sw, Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
 }
 
 _library: torch.library.Library | None = None
@@ -59,6 +66,8 @@ def load() -> None:
         "quantize_per_token": quantize_per_token_reference,
         "hadamard": hadamard_reference,
         "w4a4_gemm": w4a4_gemm_reference,
+        "wna16_gemm_grouped": wna16_gemm_grouped_reference,
+        "w4a4_gemm_grouped": w4a4_gemm_grouped_reference,
     }
     for name, schema in SCHEMAS.items():
         if not torch._C._dispatch_has_kernel(f"sliderquant::{name}"):
@@ -184,6 +193,28 @@ def w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bi
     )
 
 
+def wna16_gemm_grouped(x, offsets, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
+    """``wna16_gemm`` with a weight per expert: the rows [offsets[e], offsets[e + 1]) of x meet expert e.
+
+    Args:
+        offsets: int32 [E + 1], rising from 0 to at most M.
+        w_packed: of all experts, stacked; so are scale [E, G, N], zero and bias.
+
+    Returns:
+        [M, N] in the dtype of x; rows from offsets[E] on are 0.
+    """
+    return torch.ops.sliderquant.wna16_gemm_grouped(x, offsets, w_packed, scale, zero, bias, bits, group_size)
+
+
+def w4a4_gemm_grouped(
+    codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
+) -> torch.Tensor:
+    """``w4a4_gemm`` with a weight per expert, as ``wna16_gemm_grouped`` has them; sw, zw and col_sum are [E, N]."""
+    return torch.ops.sliderquant.w4a4_gemm_grouped(
+        codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype
+    )
+
+
 def wna16_gemm_reference(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
     codes = unpack_codes(w_packed, bits).to(torch.float32).unflatten(1, (scale.shape[0], -1))
     zero_point = 2 ** (bits - 1) if zero is None else zero.T.to(torch.float32).unsqueeze(-1)
@@ -251,6 +282,29 @@ def w4a4_gemm_reference(
     return (y if bias is None else y + bias).to(out_dtype)
 
 
+def wna16_gemm_grouped_reference(x, offsets, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
+    product = functools.partial(wna16_gemm, bits=bits, group_size=group_size)
+    y = x.new_zeros(x.shape[0], scale.shape[-1])
+    return _by_expert(product, (x,), offsets, (w_packed, scale, zero, bias), y)
+
+
+def w4a4_gemm_grouped_reference(
+    codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
+) -> torch.Tensor:
+    product = functools.partial(w4a4_gemm, weight_bits=weight_bits, out_dtype=out_dtype)
+    y = sw.new_zeros(codes.shape[0], sw.shape[-1], dtype=out_dtype)
+    return _by_expert(product, (codes, sa, za, row_sum), offsets, (w_packed, sw, zw, col_sum, bias), y)
+
+
+def _by_expert(product: Callable, tokens: tuple, offsets: torch.Tensor, weights: tuple, y: torch.Tensor):
+    """One product per expert that has tokens, by whatever serves that op here."""
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if begin < end:
+            own = (None if weight is None else weight[expert] for weight in weights)
+            y[begin:end] = product(*(rows[begin:end] for rows in tokens), *own)
+    return y
+
+
 def _fake_wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size):
     return x.new_empty(x.shape[0], scale.shape[1])
 
@@ -274,9 +328,19 @@ def _fake_w4a4_gemm(codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, wei
     return sw.new_empty(codes.shape[0], sw.shape[0], dtype=out_dtype)
 
 
+def _fake_wna16_gemm_grouped(x, offsets, w_packed, scale, zero, bias, bits, group_size):
+    return x.new_empty(x.shape[0], scale.shape[2])
+
+
+def _fake_w4a4_gemm_grouped(codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype):
+    return sw.new_empty(codes.shape[0], sw.shape[1], dtype=out_dtype)
+
+
 _FAKES = {
     "wna16_gemm": _fake_wna16_gemm,
     "quantize_per_token": _fake_quantize_per_token,
     "hadamard": _fake_hadamard,
     "w4a4_gemm": _fake_w4a4_gemm,
+    "wna16_gemm_grouped": _fake_wna16_gemm_grouped,
+    "w4a4_gemm_grouped": _fake_w4a4_gemm_grouped,
 }

@@ -33,6 +33,7 @@ void serial(int64_t count, int64_t, cpu::RangeBody body, void* context) {
 
 struct Case {
   int64_t m, n, k, group;
+  std::vector<int32_t> offsets;  // of the experts; empty for a product with a single weight
   int bits;
   bool symmetric, biased;
   Float type;
@@ -49,19 +50,37 @@ Case random_case(bool grouped) {
   c.symmetric = coin();
   c.biased = coin();
   c.type = coin() ? Float::kBf16 : Float::kFp16;
+  if (coin()) {
+    c.offsets = {0};
+    for (int64_t experts = between(1, 4); experts > 0; --experts) {
+      const int32_t last = c.offsets.back();
+      c.offsets.push_back(static_cast<int32_t>(one_of<int64_t>({last, between(last, c.m), c.m})));
+    }
+  }
   return c;
 }
 
-// Codes [n, k] in kernel layout; channels beyond n are zero codes.
+int64_t weights(const Case& c) { return c.offsets.empty() ? 1 : static_cast<int64_t>(c.offsets.size()) - 1; }
+
+// Which weight token m meets, -1 for none.
+int64_t weight_of(const Case& c, int64_t m) {
+  if (c.offsets.empty()) return 0;
+  if (m >= c.offsets.back()) return -1;
+  return std::upper_bound(c.offsets.begin(), c.offsets.end(), m) - c.offsets.begin() - 1;
+}
+
+// Codes [weights, n, k] in kernel layout; channels beyond n are zero codes.
 std::vector<uint32_t> packed(const std::vector<uint8_t>& codes, layout::Family family, const Case& c) {
-  std::vector<uint32_t> words(layout::packed_words(c.bits, c.n, c.k));
+  const int64_t size = layout::packed_words(c.bits, c.n, c.k);
+  std::vector<uint32_t> words(weights(c) * size);
   const int period = layout::period_codes(c.bits);
-  for (int64_t n = 0; n < c.n; ++n) {
+  for (int64_t n = 0; n < weights(c) * c.n; ++n) {
+    uint32_t* weight = words.data() + n / c.n * size;
     for (int64_t k = 0; k < c.k; ++k) {
       for (int b = 0; b < c.bits; ++b) {
         const int bit = layout::kernel_bit(family, c.bits, static_cast<int>(k % period), b);
         const uint32_t value = codes[n * c.k + k] >> b & 1;
-        words[layout::word_index(c.bits, c.k, n, k / period, bit / 32)] |= value << bit % 32;
+        weight[layout::word_index(c.bits, c.k, n % c.n, k / period, bit / 32)] |= value << bit % 32;
       }
     }
   }
@@ -72,6 +91,7 @@ std::vector<uint32_t> packed(const std::vector<uint8_t>& codes, layout::Family f
   std::printf("%s: found %g, expected %g; m=%ld n=%ld k=%ld group=%ld bits=%d symmetric=%d biased=%d fp16=%d\n", op,
               found, expected, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.k),
               static_cast<long>(c.group), c.bits, c.symmetric, c.biased, c.type == Float::kFp16);
+  for (const int32_t offset : c.offsets) std::printf("expert from %d on\n", offset);
   std::exit(1);
 }
 
@@ -104,25 +124,30 @@ std::vector<uint8_t> random_codes(int64_t count, int bits) {
 
 void wna16() {
   const Case c = random_case(true);
-  const int64_t stride = c.k + between(0, 7), groups = c.k / c.group;
+  const int64_t stride = c.k + between(0, 7), groups = c.k / c.group, count = weights(c);
   const auto x = random_halves((c.m - 1) * stride + c.k, c.type);
-  const auto codes = random_codes(c.n * c.k, c.bits), zero = random_codes(groups * c.n, c.bits);
+  const auto codes = random_codes(count * c.n * c.k, c.bits), zero = random_codes(count * groups * c.n, c.bits);
   const auto words = packed(codes, layout::Family::kPairs, c);
-  const auto bias = filled<float>(c.n, normal);
-  auto scale = filled<float>(groups * c.n, normal);
+  const auto bias = filled<float>(count * c.n, normal);
+  auto scale = filled<float>(count * groups * c.n, normal);
   for (auto& value : scale) value = std::abs(value) * static_cast<float>(std::exp2(between(-12, 0)));
   std::vector<uint16_t> y(c.m * c.n);
   Wna16 a = {};
   a.x = x.data(), a.x_type = c.type, a.x_stride = stride, a.w = words.data(), a.scale = scale.data();
   a.zero = c.symmetric ? nullptr : zero.data(), a.bias = c.biased ? bias.data() : nullptr, a.y = y.data();
   a.m = c.m, a.n = c.n, a.k = c.k, a.group = c.group, a.bits = c.bits;
-  cpu::kernels().wna16(a, serial);
+  if (c.offsets.empty()) {
+    cpu::kernels().wna16(a, cpu::all_panels(c.n), serial);
+  } else {
+    cpu::wna16_grouped(a, {c.offsets.data(), count}, serial);
+  }
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
-      double sum = c.biased ? bias[n] : 0, magnitude = std::abs(sum);
-      for (int64_t k = 0; k < c.k; ++k) {
-        const int64_t at = k / c.group * c.n + n;
-        const int centred = codes[n * c.k + k] - (c.symmetric ? 1 << (c.bits - 1) : zero[at]);
+      const int64_t w = weight_of(c, m), row = w * c.n + n;
+      double sum = w >= 0 && c.biased ? bias[row] : 0, magnitude = std::abs(sum);
+      for (int64_t k = 0; w >= 0 && k < c.k; ++k) {
+        const int64_t at = (w * groups + k / c.group) * c.n + n;
+        const int centred = codes[row * c.k + k] - (c.symmetric ? 1 << (c.bits - 1) : zero[at]);
         const double term = static_cast<double>(load_float(x.data(), c.type, m * stride + k)) * centred * scale[at];
         sum += term;
         magnitude += std::abs(term);
@@ -134,26 +159,37 @@ void wna16() {
 
 void integer_gemm() {
   const Case c = random_case(false);
-  const auto weights = random_codes(c.n * c.k, c.bits), zw = random_codes(c.n, c.bits);
+  const int64_t count = weights(c);
+  const auto weight = random_codes(count * c.n * c.k, c.bits), zw = random_codes(count * c.n, c.bits);
   const auto codes = random_codes(c.m * c.k, 8), offsets = random_codes(c.m, 8);
-  const auto words = packed(weights, layout::Family::kQuads, c);
-  const auto sa = filled<float>(c.m, normal), sw = filled<float>(c.n, normal), bias = filled<float>(c.n, normal);
-  std::vector<int32_t> za(offsets.begin(), offsets.end()), row_sum(c.m), col_sum(c.n);
+  const auto words = packed(weight, layout::Family::kQuads, c);
+  const auto sa = filled<float>(c.m, normal), sw = filled<float>(count * c.n, normal);
+  const auto bias = filled<float>(count * c.n, normal);
+  std::vector<int32_t> za(offsets.begin(), offsets.end()), row_sum(c.m), col_sum(count * c.n);
   for (int64_t i = 0; i < c.m * c.k; ++i) row_sum[i / c.k] += codes[i];
-  for (int64_t i = 0; i < c.n * c.k; ++i) col_sum[i / c.k] += weights[i];
+  for (int64_t i = 0; i < count * c.n * c.k; ++i) col_sum[i / c.k] += weight[i];
   std::vector<float> y(c.m * c.n);
   IntegerGemm a = {};
   a.codes = codes.data(), a.sa = sa.data(), a.za = za.data(), a.row_sum = row_sum.data(), a.w = words.data();
   a.sw = sw.data(), a.zw = c.symmetric ? nullptr : zw.data(), a.col_sum = col_sum.data();
   a.bias = c.biased ? bias.data() : nullptr, a.y = y.data(), a.y_type = Float::kFp32;
   a.m = c.m, a.n = c.n, a.k = c.k, a.bits = c.bits;
-  cpu::kernels().integer_gemm(a, serial);
+  if (c.offsets.empty()) {
+    cpu::kernels().integer_gemm(a, cpu::all_panels(c.n), serial);
+  } else {
+    cpu::integer_gemm_grouped(a, {c.offsets.data(), count}, serial);
+  }
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
+      const int64_t w = weight_of(c, m), row = w * c.n + n;
+      if (w < 0) {
+        check("integer_gemm", c, y[m * c.n + n], 0, 0, Float::kFp32);
+        continue;
+      }
       int64_t bracket = 0;
-      const int zero = c.symmetric ? 1 << (c.bits - 1) : zw[n];
-      for (int64_t k = 0; k < c.k; ++k) bracket += (codes[m * c.k + k] - za[m]) * (weights[n * c.k + k] - zero);
-      const double product = static_cast<double>(bracket) * sa[m] * sw[n], added = c.biased ? bias[n] : 0;
+      const int zero = c.symmetric ? 1 << (c.bits - 1) : zw[row];
+      for (int64_t k = 0; k < c.k; ++k) bracket += (codes[m * c.k + k] - za[m]) * (weight[row * c.k + k] - zero);
+      const double product = static_cast<double>(bracket) * sa[m] * sw[row], added = c.biased ? bias[row] : 0;
       check("integer_gemm", c, y[m * c.n + n], product + added, std::abs(product) + std::abs(added), Float::kFp32);
     }
   }

@@ -162,6 +162,10 @@ for _ in range(2):
 y = ops.wna16_gemm(x, w_packed, weight.scale, weight.zero, None, 4, 32)
 exact = x.double() @ weight.dense.T
 assert ((y.double() - exact).norm() / exact.norm()) < 2e-3
+offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
+stacked = [torch.stack((tensor, tensor)) for tensor in (w_packed, weight.scale, weight.zero)]
+grouped = ops.wna16_gemm_grouped(x, offsets, *stacked, None, 4, 32)
+assert torch.equal(grouped[:2], y[:2]) and not grouped[2].any()
 assert not ops.is_native("cpu")
 assert torch.equal(ops.hadamard(x, 128), ops.hadamard_reference(x, 128))
 """

@@ -25,23 +25,30 @@ void parallel_for(Parallel parallel, int64_t count, int64_t grain, const Body& b
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Of the output channels of a product, in panels.
+struct Panels {
+  int64_t begin, end;
+};
+
+inline Panels all_panels(int64_t out_features) { return {0, layout::panels(out_features)}; }
+
 struct Kernels {
-  void (*wna16)(const Wna16&, Parallel);
+  void (*wna16)(const Wna16&, Panels, Parallel);
   void (*quantize)(const Quantize&, Parallel);
   void (*hadamard)(const Hadamard&, Parallel);
-  void (*integer_gemm)(const IntegerGemm&, Parallel);
+  void (*integer_gemm)(const IntegerGemm&, Panels, Parallel);
   void (*repack)(const Repack&, Parallel);
   void (*column_sums)(const ColumnSums&, Parallel);
 };
 
-#define SLIDERQUANT_KERNELS(isa)                    \
-  namespace isa {                                   \
-  void wna16(const Wna16&, Parallel);               \
-  void quantize(const Quantize&, Parallel);         \
-  void hadamard(const Hadamard&, Parallel);         \
-  void integer_gemm(const IntegerGemm&, Parallel);  \
-  void repack(const Repack&, Parallel);             \
-  void column_sums(const ColumnSums&, Parallel);    \
+#define SLIDERQUANT_KERNELS(isa)                            \
+  namespace isa {                                           \
+  void wna16(const Wna16&, Panels, Parallel);               \
+  void quantize(const Quantize&, Parallel);                 \
+  void hadamard(const Hadamard&, Parallel);                 \
+  void integer_gemm(const IntegerGemm&, Panels, Parallel);  \
+  void repack(const Repack&, Parallel);                     \
+  void column_sums(const ColumnSums&, Parallel);            \
   }
 SLIDERQUANT_KERNELS(portable)
 SLIDERQUANT_KERNELS(avx2)
@@ -51,6 +58,10 @@ SLIDERQUANT_KERNELS(avx512)  // with VNNI and BF16
 
 // The kernels of the selected instruction set. Throws std::runtime_error where the request cannot be met.
 const Kernels& kernels();
+
+// A product per expert, by those kernels; m counts the tokens of all of them. Rows of y that meet no expert become 0.
+void wna16_grouped(const Wna16&, const Experts&, Parallel);
+void integer_gemm_grouped(const IntegerGemm&, const Experts&, Parallel);
 
 // 64-byte aligned scratch of a thread; contents do not survive the next call of the same thread.
 class Scratch {

@@ -35,31 +35,28 @@ struct Blocks {
   SLIDERQUANT_INLINE static int64_t begin(int64_t tokens, int64_t block) { return tokens * block / count(tokens); }
 };
 
-// run(part) for the tokens of a product, up to kSuperTokens at a time.
-template <class Run>
-SLIDERQUANT_INLINE inline void for_super_tokens(const Wna16& a, Run&& run) {
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    Wna16 part = a;
-    part.x += m0 * a.x_stride;
-    part.y += m0 * a.n;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    run(part);
-  }
+// The product for the tokens [begin, begin + count) alone.
+SLIDERQUANT_INLINE inline Wna16 of_tokens(Wna16 a, int64_t begin, int64_t count) {
+  a.x += begin * a.x_stride;
+  a.y += begin * a.n;
+  a.m = count;
+  return a;
 }
 
-template <class Run>
-SLIDERQUANT_INLINE inline void for_super_tokens(const IntegerGemm& a, Run&& run) {
-  const int64_t y_size = a.y_type == Float::kFp32 ? 4 : 2;
-  for (int64_t m0 = 0; m0 < a.m; m0 += kSuperTokens) {
-    IntegerGemm part = a;
-    part.codes += m0 * a.k;
-    part.sa += m0;
-    part.za += m0;
-    part.row_sum += m0;
-    part.y = static_cast<char*>(a.y) + m0 * a.n * y_size;
-    part.m = std::min<int64_t>(kSuperTokens, a.m - m0);
-    run(part);
-  }
+SLIDERQUANT_INLINE inline IntegerGemm of_tokens(IntegerGemm a, int64_t begin, int64_t count) {
+  a.codes += begin * a.k;
+  a.sa += begin;
+  a.za += begin;
+  a.row_sum += begin;
+  a.y = static_cast<char*>(a.y) + begin * a.n * (a.y_type == Float::kFp32 ? 4 : 2);
+  a.m = count;
+  return a;
+}
+
+// run(part) for the tokens of a product, up to kSuperTokens at a time.
+template <class Gemm, class Run>
+SLIDERQUANT_INLINE inline void for_super_tokens(const Gemm& a, Run&& run) {
+  for (int64_t m = 0; m < a.m; m += kSuperTokens) run(of_tokens(a, m, std::min<int64_t>(kSuperTokens, a.m - m)));
 }
 
 }  // namespace sliderquant::cpu

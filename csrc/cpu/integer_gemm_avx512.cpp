@@ -266,9 +266,9 @@ void panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, int64_t
   }
 }
 
-using Panels = void (*)(const IntegerGemm&, const uint32_t*, int64_t, int64_t);
+using RunPanels = void (*)(const IntegerGemm&, const uint32_t*, int64_t, int64_t);
 
-Panels panels_of(int bits) {
+RunPanels panels_of(int bits) {
   switch (bits) {
     case 2: return panels<2>;
     case 3: return panels<3>;
@@ -286,8 +286,8 @@ void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* bloc
   }
 }
 
-// Up to kSuperTokens tokens.
-void super_block(const IntegerGemm& a, Parallel parallel) {
+// The panels given, for up to kSuperTokens tokens.
+void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
   thread_local Scratch pack;
   uint32_t* blocks = nullptr;
   if (a.m > kDirectTokens) {
@@ -298,15 +298,15 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
       }
     });
   }
-  const Panels run = panels_of(a.bits);
-  parallel_for(parallel, layout::panels(a.n), panel_grain(a.m, a.k),
-               [&](int64_t begin, int64_t end) { run(a, blocks, begin, end); });
+  const RunPanels run = panels_of(a.bits);
+  parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
+               [&](int64_t begin, int64_t end) { run(a, blocks, of.begin + begin, of.begin + end); });
 }
 
 }  // namespace
 
-void integer_gemm(const IntegerGemm& a, Parallel parallel) {
-  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, parallel); });
+void integer_gemm(const IntegerGemm& a, Panels of, Parallel parallel) {
+  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, of, parallel); });
 }
 
 }  // namespace sliderquant::cpu::avx512

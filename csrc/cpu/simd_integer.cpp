@@ -124,8 +124,8 @@ void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* bloc
   }
 }
 
-// Up to kSuperTokens tokens.
-void super_block(const IntegerGemm& a, Parallel parallel) {
+// The panels given, for up to kSuperTokens tokens.
+void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
   thread_local Scratch pack;
   auto* blocks = pack.get<uint32_t>(a.m * a.k / 2);
   parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
@@ -133,11 +133,11 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
       pack_block(a, TokenBlocks::begin(a.m, block), TokenBlocks::begin(a.m, block + 1), blocks);
     }
   });
-  parallel_for(parallel, layout::panels(a.n), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, of.end - of.begin, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     auto* expanded = scratch.get<uint32_t>((kChunk / 2 + a.m) * kPanelRows);
     uint32_t* sums = expanded + kChunk / 2 * kPanelRows;
-    for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t panel = of.begin + begin; panel < of.begin + end; ++panel) {
       panel_sums(a, blocks, panel, expanded, sums);
       const int64_t n0 = panel * kPanelRows, rows = std::min<int64_t>(kPanelRows, a.n - n0);
       for (int64_t m = 0; m < a.m; ++m) {
@@ -151,8 +151,8 @@ void super_block(const IntegerGemm& a, Parallel parallel) {
 
 }  // namespace
 
-void integer_gemm(const IntegerGemm& a, Parallel parallel) {
-  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, parallel); });
+void integer_gemm(const IntegerGemm& a, Panels of, Parallel parallel) {
+  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, of, parallel); });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

@@ -221,8 +221,8 @@ void pack_block(const Wna16& a, int64_t begin, int64_t end, float* blocks) {
   }
 }
 
-// Up to kSuperTokens tokens.
-void super_block(const Wna16& a, Parallel parallel) {
+// The panels given, for up to kSuperTokens tokens.
+void super_block(const Wna16& a, Panels of, Parallel parallel) {
   thread_local Scratch pack;
   const int64_t groups = a.k / a.group;
   auto* blocks = pack.get<float>(a.m * (a.k + groups));
@@ -242,7 +242,8 @@ void super_block(const Wna16& a, Parallel parallel) {
     }
   }
   const Activations x = {blocks, group_sum};
-  parallel_for(parallel, layout::panels(a.n), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, of.end - of.begin, 1, [&](int64_t begin, int64_t end) {
+    begin += of.begin, end += of.begin;
     switch (a.bits) {
       case 2: return panels<2>(a, x, begin, end);
       case 3: return panels<3>(a, x, begin, end);
@@ -254,8 +255,8 @@ void super_block(const Wna16& a, Parallel parallel) {
 
 }  // namespace
 
-void wna16(const Wna16& a, Parallel parallel) {
-  for_super_tokens(a, [&](const Wna16& part) { super_block(part, parallel); });
+void wna16(const Wna16& a, Panels of, Parallel parallel) {
+  for_super_tokens(a, [&](const Wna16& part) { super_block(part, of, parallel); });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

@@ -336,10 +336,10 @@ void pack_block(const Wna16& a, const Activations& x, int terms, int64_t begin, 
   }
 }
 
-using Panels = void (*)(const Wna16&, const Activations&, int64_t, int64_t);
+using RunPanels = void (*)(const Wna16&, const Activations&, int64_t, int64_t);
 
 template <int Terms>
-Panels panels_of(int bits) {
+RunPanels panels_of(int bits) {
   switch (bits) {
     case 2: return panels<2, Terms>;
     case 3: return panels<3, Terms>;
@@ -348,8 +348,8 @@ Panels panels_of(int bits) {
   }
 }
 
-// Up to kSuperTokens tokens.
-void super_block(const Wna16& a, Parallel parallel) {
+// The panels given, for up to kSuperTokens tokens.
+void super_block(const Wna16& a, Panels of, Parallel parallel) {
   thread_local Scratch split, pack, sums;
   const int64_t groups = a.k / a.group;
   const bool fp16 = a.x_type == Float::kFp16;
@@ -374,15 +374,15 @@ void super_block(const Wna16& a, Parallel parallel) {
   }
   x.blocks = blocks;
   x.group_sum = group_sum;
-  const Panels run = fp16 ? panels_of<2>(a.bits) : panels_of<1>(a.bits);
-  parallel_for(parallel, layout::panels(a.n), panel_grain(a.m, a.k),
-               [&](int64_t begin, int64_t end) { run(a, x, begin, end); });
+  const RunPanels run = fp16 ? panels_of<2>(a.bits) : panels_of<1>(a.bits);
+  parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
+               [&](int64_t begin, int64_t end) { run(a, x, of.begin + begin, of.begin + end); });
 }
 
 }  // namespace
 
-void wna16(const Wna16& a, Parallel parallel) {
-  for_super_tokens(a, [&](const Wna16& part) { super_block(part, parallel); });
+void wna16(const Wna16& a, Panels of, Parallel parallel) {
+  for_super_tokens(a, [&](const Wna16& part) { super_block(part, of, parallel); });
 }
 
 }  // namespace sliderquant::cpu::avx512
