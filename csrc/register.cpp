@@ -504,6 +504,12 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
   library.def(
       "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
       "Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
+  library.def(
+      "wna16_gemm_grouped(Tensor x, Tensor offsets, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, "
+      "int bits, int group_size) -> Tensor");
+  library.def(
+      "w4a4_gemm_grouped(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor offsets, Tensor w_packed, "
+      "Tensor sw, Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor");
   library.def("repack(Tensor weight_packed, int bits, int activation_bits) -> Tensor");
   library.def("column_sums(Tensor weight_packed, int bits) -> Tensor");
 }
@@ -512,6 +518,8 @@ STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
   implement(library);
   library.impl("hadamard", TORCH_BOX(&hadamard));
   library.impl("column_sums", TORCH_BOX(&column_sums));
+  library.impl("wna16_gemm_grouped", TORCH_BOX(&wna16_gemm_grouped));
+  library.impl("w4a4_gemm_grouped", TORCH_BOX(&w4a4_gemm_grouped));
 }
 
 #ifdef SLIDERQUANT_CUDA

@@ -49,18 +49,12 @@ def load() -> None:
     """Make ``torch.ops.sliderquant`` available; idempotent. ``SLIDERQUANT_NATIVE=0``: references.
 
     Raises:
-        RuntimeError: SLIDERQUANT_ISA names kernels that this machine and build cannot run.
+        RuntimeError: SLIDERQUANT_ISA names kernels that this machine and build cannot run, or the native library is
+            older than this file.
     """
     global _library
     if _library is not None:
         return
-    native = Path(__file__).parent / "_C.abi3.so"
-    if native.exists() and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
-        host().isa()  # a wrong SLIDERQUANT_ISA fails here, not in the first forward pass
-        torch.ops.load_library(str(native))
-        library = torch.library.Library("sliderquant", "FRAGMENT")
-    else:
-        library = torch.library.Library("sliderquant", "DEF")
     references = {
         "wna16_gemm": wna16_gemm_reference,
         "quantize_per_token": quantize_per_token_reference,
@@ -69,18 +63,33 @@ def load() -> None:
         "wna16_gemm_grouped": wna16_gemm_grouped_reference,
         "w4a4_gemm_grouped": w4a4_gemm_grouped_reference,
     }
-    for name, schema in SCHEMAS.items():
-        if not torch._C._dispatch_has_kernel(f"sliderquant::{name}"):
+    native = Path(__file__).parent / "_C.abi3.so"
+    if native.exists() and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
+        host().isa()  # a wrong SLIDERQUANT_ISA fails here, not in the first forward pass
+        torch.ops.load_library(str(native))
+        if missing := [name for name in (*references, "repack", "column_sums") if not _has_kernel(name, "CPU")]:
+            raise RuntimeError(
+                f"{native}: expected CPU kernels of every op, found none of {', '.join(missing)}; it is older than the "
+                "Python code: build it again with 'pip install --no-build-isolation -e .'"
+            )
+        library = torch.library.Library("sliderquant", "FRAGMENT")
+    else:
+        library = torch.library.Library("sliderquant", "DEF")
+        for name, schema in SCHEMAS.items():
             library.define(name + schema)
     for key in ("CPU", "CUDA"):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("sliderquant::wna16_gemm", key):
+        if not _has_kernel("wna16_gemm", key):
             _reference_keys.add(key)
         for name, reference in references.items():
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sliderquant::{name}", key):
+            if not _has_kernel(name, key):
                 library.impl(name, reference, key)
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"sliderquant::{name}", fake, lib=library)
     _library = library  # last: a failure midway leaves nothing that passes for loaded
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sliderquant::{name}", key)
 
 
 def is_native(device: torch.device | str) -> bool:

@@ -177,6 +177,13 @@ def test_reference_serves_without_native_kernels_and_warns_once():
     assert process.stderr.count("no native CPU kernels in this installation") == 1
 
 
+def test_a_library_without_some_op_is_refused():
+    code = "from sliderquant_vllm import ops; ops._has_kernel = lambda name, key: name != 'hadamard'; ops.load()"
+    process = run_python(code)
+    assert process.returncode != 0
+    assert "found none of hadamard; it is older than the Python code: build it again" in process.stderr
+
+
 def test_forced_isa_is_checked():
     code = "import torch; from sliderquant_vllm import ops; ops.load(); print(ops.host().isa())"
     forced = run_python(code, SLIDERQUANT_ISA="portable")
