@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from sliderquant_vllm import format
 from sliderquant_vllm.checkpoint import Linear, validate_checkpoint
-
-# Names that the model families give to the matrices of one expert.
-EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 @register_quantization_config(format.QUANT_METHOD)
@@ -112,35 +110,28 @@ class SliderQuantConfig(QuantizationConfig):
         from sliderquant_vllm import compat
 
         if not compat.SERVES_EXPERTS:
-            if all(self.checkpoint.scheme_for(f"{prefix}.0.{name}") is None for name in EXPERT_MATRICES):
+            matrices = itertools.chain.from_iterable(format.EXPERT_MATRICES)
+            if all(self.checkpoint.scheme_for(f"{prefix}.0.{matrix}") is None for matrix in matrices):
                 return None
             raise format.FormatError(
                 f"{prefix}: quantized experts need vLLM 0.32 or later; update it, or add 're:.*\\.experts\\..*' to "
                 "'ignore' and quantize the model again"
             )
-        experts = range(layer.moe_config.num_logical_experts)
+        count = layer.moe_config.num_logical_experts
         fused = {
             "w13": (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name),
             "w2": (layer.ckpt_down_proj_name,),
         }
-        schemes, known = {}, set()
-        for part, names in fused.items():
-            found = {}
-            for linear in (f"{expert}.{name}" for expert in experts for name in names):
-                known.add(f"{prefix}.{linear}")
-                found.setdefault(self.checkpoint.scheme_for(f"{prefix}.{linear}"), linear)
-            if len(found) > 1:
-                described = ", ".join(f"{linear}: {scheme or '16-bit'}" for scheme, linear in found.items())
-                raise format.FormatError(
-                    f"{prefix}: {' and '.join(names)} of all experts run as one matrix product and need one scheme, "
-                    f"found {described}; make the patterns of 'ignore', 'overrides', 'online_hadamard' and "
-                    "'added_bias' treat all experts alike"
-                )
-            schemes[part] = next(iter(found))
+        linears = {
+            part: [f"{prefix}.{expert}.{matrix}" for expert in range(count) for matrix in matrices]
+            for part, matrices in fused.items()
+        }
+        schemes = {part: self.checkpoint.common_scheme(prefix, names) for part, names in linears.items()}
+        known = {name for names in linears.values() for name in names}
         for name in self.linears:
             if name.startswith(f"{prefix}.") and name not in known:
                 raise format.FormatError(
-                    f"{prefix}: config.json describes {len(experts)} experts, the checkpoint holds {name}; put the "
+                    f"{prefix}: config.json describes {count} experts, the checkpoint holds {name}; put the "
                     "config.json beside it that it came with"
                 )
         if None in schemes.values() and len(set(schemes.values())) > 1:

@@ -175,11 +175,14 @@ def test_experts_that_stay_in_16_bits(ignored):
 
 
 DISAGREEING = {
-    "one expert in 16 bits": ({"ignore": (r"re:.*experts\.2\..*",)}, ["2.gate_proj: 16-bit", "gate_proj and up_proj"]),
-    "the first one in 16 bits": ({"ignore": (r"re:.*experts\.0\..*",)}, ["0.gate_proj: 16-bit", "1.gate_proj: W4"]),
+    "one expert in 16 bits": (
+        {"ignore": (r"re:.*experts\.2\..*",)},
+        [f"and 3 others: W4A16 asymmetric, but {PREFIX}.2.gate_proj, {PREFIX}.2.up_proj: 16-bit; make", "'ignore'"],
+    ),
+    "the first one in 16 bits": ({"ignore": (r"re:.*experts\.0\..*",)}, ["0.up_proj: 16-bit, but", "W4A16"]),
     "other bits": (
         {"overrides": (Override(f"{PREFIX}.3.down_proj", WeightScheme(8)),)},
-        ["0.down_proj: W4A16 asymmetric", "3.down_proj: W8A16 asymmetric", "'overrides'"],
+        ["2.down_proj: W4A16 asymmetric", "3.down_proj: W8A16 asymmetric", "'overrides'"],
     ),
     "one rotated": (
         {"online_hadamard": (OnlineHadamard(f"{PREFIX}.1.up_proj", 32),)},
