@@ -98,7 +98,11 @@ def op_name(bits: int, group_size: int) -> str:
 
 def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: dict[str, str]) -> None:
     cold = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-    builders = {BASELINE: lambda: bf16_contender(n, k, cold), "torch int4": lambda: int4_contender(n, k, cold)}
+    builders = {
+        BASELINE: lambda: bf16_contender(n, k, cold),
+        "torch int4": lambda: int4_contender(n, k, cold),
+        "vLLM Marlin W4A16 g128": lambda: marlin_contender(n, k, cold),
+    }
     for bits in args.bits:
         name = op_name(bits, args.group_size)
         builders[name] = lambda bits=bits: own_contender(args, n, k, bits, cold, "")
@@ -143,6 +147,28 @@ def int4_contender(n: int, k: int, cold: int) -> Contender:
         lambda copy, x: torch.ops.aten._weight_int4pack_mm(x, weights[copy], 128, scales),
         None,
     )
+
+
+def marlin_contender(n: int, k: int, cold: int) -> Contender:
+    """What vLLM serves int4 with: bf16, symmetric, groups of 128."""
+    try:
+        from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
+        from vllm.scalar_type import scalar_types
+
+        kind = scalar_types.uint4b8
+        weight = torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
+        dense, packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128)
+        workspace = marlin_utils.marlin_make_workspace_new(packed.device)
+        no_zeros = torch.empty(0, dtype=torch.int32, device="cuda")
+        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
+
+        def run(copy: int, x: torch.Tensor) -> torch.Tensor:
+            return marlin_utils.apply_gptq_marlin_linear(x, weights[copy], scales, no_zeros, workspace, kind, n, k)
+
+        run(0, torch.ones(1, k, device="cuda", dtype=torch.bfloat16))
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise Absent((str(error).splitlines() or [type(error).__name__])[0]) from error
+    return Contender("vLLM Marlin W4A16 g128", n * k // 2, len(weights), run, dense.T)
 
 
 def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int, kernel: str) -> Contender:

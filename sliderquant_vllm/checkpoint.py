@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sliderquant_vllm.format import (
+    EXPERT_MATRICES,
     FUSED_MODULES,
     QUANT_METHOD,
     FormatError,
@@ -106,6 +107,7 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     if not linears:
         raise FormatError(f"{directory}: expected quantized linears, found none; quantize the model again")
     _check_fused(config, modules, linears)
+    _check_experts(config, modules)
     _check_patterns(config, linears)
     if data:
         reader.check_digests()
@@ -175,6 +177,18 @@ def _check_fused(config: QuantizationConfig, modules: Iterable[str], linears: Ma
                     f"{stem}.{fused}: its parts run as one matrix product and need one input size, "
                     f"found {sizes}; quantize the model again"
                 )
+
+
+def _check_experts(config: QuantizationConfig, modules: Iterable[str]) -> None:
+    alike = {matrix: matrices for matrices in EXPERT_MATRICES for matrix in matrices}
+    blocks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for module in modules:
+        experts, _, matrix = module.rpartition(".")
+        stem, _, number = experts.rpartition(".")
+        if stem.endswith(".experts") and number.isdecimal() and matrix in alike:
+            blocks.setdefault((stem, alike[matrix]), []).append(module)
+    for (stem, _), names in blocks.items():
+        config.common_scheme(stem, names)
 
 
 def _check_patterns(config: QuantizationConfig, linears: Iterable[str]) -> None:

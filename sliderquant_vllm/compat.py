@@ -5,7 +5,9 @@ Tested with vLLM 0.32; the names that 0.26 spells differently are mapped.
 
 from __future__ import annotations
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -20,15 +22,24 @@ from vllm.model_executor.parameter import (
     PackedColumnParameter,
     PackedvLLMParameter,
 )
+from vllm.platforms import current_platform
 
 try:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts, apply_moe_activation
+
+    # Those that take all gates first, then all ups.
+    GATED_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
 except ImportError:
     from vllm.model_executor.layers.fused_moe import FusedMoE as RoutedExperts
 
+    GATED_ACTIVATIONS = ()
+
 __all__ = [
+    "SERVES_EXPERTS",
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
+    "FusedMoEMethodBase",
+    "FusedMoeWeightScaleSupported",
     "GroupQuantScaleParameter",
     "LinearBase",
     "LinearMethodBase",
@@ -37,18 +48,43 @@ __all__ = [
     "ParallelLMHead",
     "RoutedExperts",
     "UnquantizedLinearMethod",
+    "activate_experts",
+    "experts_problem",
     "register_weight_loader_v2_supported_method",
     "serving_options",
     "weights_are_random",
 ]
 
 OPTIONS = {"int8_activations": False}
+# Experts of an older vLLM route within themselves, which ``moe`` does not.
+SERVES_EXPERTS = bool(GATED_ACTIVATIONS)
 
 
 def weights_are_random() -> bool:
     """Whether the model that is being built gets random weights, which no weight loader sees."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def experts_problem(layer: RoutedExperts) -> str | None:
+    """Why the routed experts of a layer cannot be served quantized; None where they can."""
+    if not current_platform.is_cpu():
+        return f"quantized experts are served on CPUs only so far, found {current_platform.device_name}"
+    if layer.activation not in GATED_ACTIVATIONS or layer.swiglu_limit is not None:
+        served = ", ".join(activation.value for activation in GATED_ACTIVATIONS)
+        limit = "" if layer.swiglu_limit is None else f" with limit {layer.swiglu_limit}"
+        return f"expected one of the activations {served}, found {layer.activation.value}{limit}"
+    if layer.moe_config.has_bias:
+        return "expected an architecture whose experts have no bias, found one that has"
+    if layer.apply_router_weight_on_input:
+        return "expected router weights on the experts' output, found them on their input"
+    return None
+
+
+def activate_experts(layer: RoutedExperts, gate_up: torch.Tensor) -> torch.Tensor:
+    """What the layer's down projection takes: [M, 2 * intermediate] -> [M, intermediate]."""
+    output = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    return apply_moe_activation(layer.activation, output, gate_up)
 
 
 def serving_options() -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from sliderquant_vllm import format
 from sliderquant_vllm.checkpoint import Linear, validate_checkpoint
-
-# Names that the model families give to the matrices of one expert.
-EXPERT_MATRICES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 @register_quantization_config(format.QUANT_METHOD)
@@ -85,7 +83,7 @@ class SliderQuantConfig(QuantizationConfig):
                 layer cannot be served quantized.
         """
         # Here, because importing the layers is slow and register() runs in every process.
-        from sliderquant_vllm import compat, linear
+        from sliderquant_vllm import compat, linear, moe
 
         if isinstance(layer, compat.LinearBase):
             scheme = self.checkpoint.scheme_for_fused(prefix, self._fused())
@@ -100,12 +98,51 @@ class SliderQuantConfig(QuantizationConfig):
                 f"{prefix}: expected a 16-bit output layer, found {self.checkpoint.scheme_for(prefix)}; "
                 f"add {prefix!r} to 'ignore' and quantize the model again"
             )
-        if isinstance(layer, compat.RoutedExperts) and not self._ignores_experts(prefix):
-            raise format.FormatError(
-                f"{prefix}: this version does not serve quantized mixtures of experts; "
-                "add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"
-            )
+        if isinstance(layer, compat.RoutedExperts):
+            schemes = self._expert_schemes(layer, prefix)
+            if schemes is not None and compat.serving_options()["int8_activations"]:
+                schemes = {part: self._with_int8_activations(prefix, scheme) for part, scheme in schemes.items()}
+            return None if schemes is None else moe.SliderQuantMoEMethod(layer.moe_config, schemes, prefix)
         return None
+
+    def _expert_schemes(self, layer: torch.nn.Module, prefix: str) -> dict[str, format.LinearScheme] | None:
+        """The schemes of all gates and ups ("w13") and of all downs ("w2"); None where they stay in 16 bits."""
+        from sliderquant_vllm import compat
+
+        if not compat.SERVES_EXPERTS:
+            matrices = itertools.chain.from_iterable(format.EXPERT_MATRICES)
+            if all(self.checkpoint.scheme_for(f"{prefix}.0.{matrix}") is None for matrix in matrices):
+                return None
+            raise format.FormatError(
+                f"{prefix}: quantized experts need vLLM 0.32 or later; update it, or add 're:.*\\.experts\\..*' to "
+                "'ignore' and quantize the model again"
+            )
+        count = layer.moe_config.num_logical_experts
+        fused = {
+            "w13": (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name),
+            "w2": (layer.ckpt_down_proj_name,),
+        }
+        linears = {
+            part: [f"{prefix}.{expert}.{matrix}" for expert in range(count) for matrix in matrices]
+            for part, matrices in fused.items()
+        }
+        schemes = {part: self.checkpoint.common_scheme(prefix, names) for part, names in linears.items()}
+        known = {name for names in linears.values() for name in names}
+        for name in self.linears:
+            if name.startswith(f"{prefix}.") and name not in known:
+                raise format.FormatError(
+                    f"{prefix}: config.json describes {count} experts, the checkpoint holds {name}; put the "
+                    "config.json beside it that it came with"
+                )
+        if None in schemes.values() and len(set(schemes.values())) > 1:
+            described = ", ".join(
+                f"{' and '.join(fused[part])}: {scheme or '16-bit'}" for part, scheme in schemes.items()
+            )
+            raise format.FormatError(
+                f"{prefix}: expected all matrices of the experts quantized or none, found {described}; make 'ignore' "
+                "treat them alike and quantize the model again"
+            )
+        return None if None in schemes.values() else schemes
 
     def _with_int8_activations(self, prefix: str, scheme: format.LinearScheme) -> format.LinearScheme:
         """The scheme of a weight-only linear with activations in 8 bits per token, where its scales allow it."""
@@ -137,9 +174,3 @@ class SliderQuantConfig(QuantizationConfig):
         """Part -> whether the checkpoint holds a bias for it; empty where its headers have not been read."""
         parts = format.parts_of(prefix, self._fused())
         return {part: self.linears[part].has_bias for part in parts if part in self.linears}
-
-    def _ignores_experts(self, prefix: str) -> bool:
-        return any(
-            all(self.checkpoint.scheme_for(f"{prefix}.0.{matrix}") is None for matrix in family)
-            for family in EXPERT_MATRICES
-        )

@@ -23,6 +23,8 @@ MAX_SUM, MAX_ACTIVATION_CODE = 2**31 - 1, 255
 
 # Modules that a serving engine runs as one matrix product: their parts must share one scheme.
 FUSED_MODULES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# The same of all experts of a block, NAME.experts.NUMBER.MATRIX.
+EXPERT_MATRICES = (("gate_proj", "up_proj"), ("down_proj",), ("w1", "w3"), ("w2",))
 
 
 class FormatError(ValueError):
@@ -310,14 +312,24 @@ class QuantizationConfig:
             name: module name in the serving engine, such as ``model.layers.0.self_attn.qkv_proj``.
             fused: last component of a fused module -> last components of its parts in the checkpoint.
         """
-        schemes = {part: self.scheme_for(part) for part in parts_of(name, fused)}
-        if len(set(schemes.values())) > 1:
-            found = ", ".join(f"{part}: {scheme or '16-bit'}" for part, scheme in schemes.items())
+        return self.common_scheme(name, parts_of(name, fused))
+
+    def common_scheme(self, name: str, parts: Iterable[str]) -> LinearScheme | None:
+        """The scheme of linears that run as one matrix product ``name``. Raises FormatError where they disagree."""
+        schemes: dict[LinearScheme | None, list[str]] = {}
+        for part in parts:
+            schemes.setdefault(self.scheme_for(part), []).append(part)
+        if len(schemes) > 1:
+            found = ", but ".join(f"{_few(parts)}: {scheme or '16-bit'}" for scheme, parts in schemes.items())
             raise FormatError(
                 f"{name}: its parts run as one matrix product and need one scheme, found {found}; "
                 "make the patterns of 'ignore', 'overrides', 'online_hadamard' and 'added_bias' treat them alike"
             )
-        return next(iter(schemes.values()))
+        return next(iter(schemes))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

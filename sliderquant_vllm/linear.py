@@ -46,6 +46,33 @@ def recording(loader: MethodType) -> MethodType:
     return MethodType(load_and_record, loader.__self__)
 
 
+def kernel_tensors(
+    scheme: LinearScheme,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero_point: torch.Tensor | None,
+) -> dict[str, torch.Tensor | None]:
+    """The tensors of a weight in checkpoint layout as the kernels take them, under the same names, and its column sums.
+
+    Those of a scheme that has none are None.
+    """
+    weights, activations = scheme.weights, scheme.activations
+    tensors = {
+        "weight_packed": ops.repack(weight_packed, weights.bits, activations.bits if activations else 16),
+        "weight_scale": weight_scale.T.contiguous(),
+        "weight_zero_point": None,
+        "col_sum": None,
+    }
+    if weight_zero_point is not None:
+        tensors["weight_zero_point"] = unpack_codes(weight_zero_point.T, weights.bits)
+    if activations is not None:
+        tensors["col_sum"] = ops.column_sums(weight_packed, weights.bits)
+        # One scale per channel: [1, N] here, [N] for the integer kernels.
+        for name in ("weight_scale", "weight_zero_point"):
+            tensors[name] = None if tensors[name] is None else tensors[name][0]
+    return tensors
+
+
 @register_weight_loader_v2_supported_method
 class SliderQuantLinearMethod(LinearMethodBase):
     """One linear or fused module under one scheme: weight-only, or integer with quantized activations.
@@ -153,21 +180,8 @@ class SliderQuantLinearMethod(LinearMethodBase):
         """
         self._check_loaded(layer)
         self._check_biases(layer)
-        weights, activations = self.scheme.weights, self.scheme.activations
-        packed = layer.weight_packed.data
-        tensors = {
-            "weight_packed": ops.repack(packed, weights.bits, activations.bits if activations else 16),
-            "weight_scale": layer.weight_scale.data.T.contiguous(),
-            "weight_zero_point": None,
-            "col_sum": None,
-        }
-        if not weights.symmetric:
-            tensors["weight_zero_point"] = unpack_codes(layer.weight_zero_point.data.T, weights.bits)
-        if activations is not None:
-            tensors["col_sum"] = ops.column_sums(packed, weights.bits)
-            # One scale per channel: [1, N] here, [N] for the integer kernels.
-            for name in ("weight_scale", "weight_zero_point"):
-                tensors[name] = None if tensors[name] is None else tensors[name][0]
+        zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point.data
+        tensors = kernel_tensors(self.scheme, layer.weight_packed.data, layer.weight_scale.data, zero_point)
         if self.scheme.added_bias:
             tensors["added_bias"] = layer.added_bias.data
         for name in CHECKPOINT_TENSORS:

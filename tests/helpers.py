@@ -24,6 +24,13 @@ from sliderquant_vllm.packing import dequantize, pack_linear, unpack_linear
 from sliderquant_vllm.shards import Reader, shard_name, write_index, write_shard
 
 TINY_LLAMA = Path(__file__).parents[1] / "assets" / "tiny-llama"
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+# What the mixtures of experts have besides the fields of dense models.
+OF_FAMILY = {
+    "qwen3_moe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 192},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -124,21 +131,21 @@ def write_random_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=json.loads((Path(tokenizer_dir) / "config.json").read_text())["vocab_size"],
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-        dtype="bfloat16",
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    settings = {
+        "vocab_size": json.loads((Path(tokenizer_dir) / "config.json").read_text())["vocab_size"],
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    config = AutoConfig.for_model(family, **settings | OF_FAMILY.get(family, {}))
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         # The default initialisation has biases of zero and hidden states that nothing depends on.

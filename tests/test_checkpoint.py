@@ -14,7 +14,7 @@ from sliderquant_vllm.__main__ import main
 from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
 from sliderquant_vllm.format import FormatError, OnlineHadamard, Override, WeightScheme
 from sliderquant_vllm.shards import INDEX_FILE, Reader
-from tests.helpers import TINY_LLAMA, edit_config, write_dequantized, write_rtn_checkpoint
+from tests.helpers import TINY_LLAMA, edit_config, write_dequantized, write_random_model, write_rtn_checkpoint
 
 MLP = "model.layers.5.mlp"
 DOWN = f"{MLP}.down_proj"
@@ -345,6 +345,18 @@ def test_a_config_that_tells_of_other_tensors(checkpoint, fields, words):
 def test_fused_parts_that_disagree(tmp_path, fields, found):
     checkpoint = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "checkpoint", WeightScheme(4), **fields)
     assert_error(checkpoint, f"{MLP}.gate_up_proj", "W4A16", found, "need one scheme")
+
+
+def test_experts_that_disagree(tmp_path):
+    experts = "model.layers.1.block_sparse_moe.experts"
+    checkpoint = write_rtn_checkpoint(
+        write_random_model(tmp_path / "parent", "mixtral"),
+        tmp_path / "checkpoint",
+        WeightScheme(4),
+        overrides=(Override(r"re:.*experts\.\d+\.w2", WeightScheme(8)), Override(f"{experts}.3.w3", WeightScheme(2))),
+    )
+    found = f"and 12 others: W4A16 asymmetric, but {experts}.3.w3: W2A16 asymmetric"
+    assert_error(checkpoint, f"{experts}: its parts run as one matrix product", found, "'overrides'")
 
 
 def test_nothing_quantized(tmp_path):

@@ -131,3 +131,15 @@ def test_w4a4_gemm(bits):
     expected = ops.w4a4_gemm_reference(*quantized, weight.packed, *rest)
     # Sums are exact; a rounding to bf16 may fall otherwise where fp32 ends in a tie.
     torch.testing.assert_close(y.cpu(), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_grouped_products_are_those_of_each_expert():
+    weights = [random_weight(130, 256, 4, 32, symmetric=False, seed=seed) for seed in range(3)]
+    parts = [on_gpu(ops.repack(weight.packed.cuda(), 4), weight.scale, weight.zero) for weight in weights]
+    offsets = torch.tensor([0, 5, 5, 9], dtype=torch.int32).cuda()
+    x = torch.randn(11, 256).bfloat16().cuda()
+    stacked = [torch.stack(part) for part in zip(*parts, strict=True)]
+    y = torch.ops.sliderquant.wna16_gemm_grouped(x, offsets, *stacked, None, 4, 32)
+    for (begin, end), part in zip(((0, 5), (5, 9)), (parts[0], parts[2]), strict=True):
+        assert torch.equal(y[begin:end], torch.ops.sliderquant.wna16_gemm(x[begin:end], *part, None, 4, 32))
+    assert not y[9:].any()

@@ -95,13 +95,17 @@ template <int kBits, Float kType, int kTiles>
 const char* launch_sm80(const Wna16& args, const Wna16Blocks& blocks, int device, uintptr_t stream) {
   using Kernel = Sm80Wna16<kBits, kType, kTiles>;
   const auto on = reinterpret_cast<cudaStream_t>(stream);
-  // More shared memory than the default has to be asked for, once per device.
+  // More shared memory than by default has to be asked for, once per device.
   static std::atomic<uint64_t> asked{0};
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   cudaError_t error = cudaSuccess;
   const char* launched = launch_on(device, [&] {
     if ((asked.load() & bit) == 0) {
-      error = cudaFuncSetAttribute(run_sm80<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
+      const auto ask = [&](cudaFuncAttribute attribute, int value) {
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(run_sm80<Kernel>, attribute, value);
+      };
+      ask(cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
+      ask(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
       if (error != cudaSuccess) return;
       asked |= bit;
     }

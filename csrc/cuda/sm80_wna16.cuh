@@ -209,21 +209,17 @@ class Sm80Wna16 {
     x_left_ -= kTile.stage_chunks() * layout::gpu::kChunkCodes;
   }
 
-  // Of this lane's channel, the scale and the zero point of every block of this warp's next chunk.
+  // Of this lane's channel, the scale and the zero point of every group of this warp's next chunk. Nothing may touch
+  // them before that chunk: it would wait for memory here.
   SLIDERQUANT_DEVICE void fetch_scales() {
-    const bool asymmetric = a_.zero != nullptr;
     int64_t at = scale_at_;
-    float scale = 0;
-    next_zeros_ = 0;
 #pragma unroll
     for (int b = 0; b < kChunkBlocks; ++b) {
-      if ((b & group_mask_) == 0) {
-        const bool exists = b * layout::kBlockCodes < scale_left_;
-        scale = exists ? ptx::load(a_.scale + at) : 0;
-        if (asymmetric && exists) next_zeros_ |= static_cast<uint32_t>(ptx::load(a_.zero + at)) << 8 * b;
-        at += a_.n;
-      }
-      next_scale_[b] = scale;
+      if ((b & group_mask_) != 0) continue;
+      const bool exists = b * layout::kBlockCodes < scale_left_;
+      next_scale_[b] = exists ? ptx::load(a_.scale + at) : 0;
+      next_zero_[b] = exists && a_.zero != nullptr ? ptx::load(a_.zero + at) : 0;
+      at += a_.n;
     }
     scale_at_ += scale_step_;
     scale_left_ -= kWarpsK * layout::gpu::kChunkCodes;
@@ -233,9 +229,16 @@ class Sm80Wna16 {
   SLIDERQUANT_DEVICE void compute(int slot, int i) {
     const bool asymmetric = a_.zero != nullptr;
     float scale[kChunkBlocks];
+    uint32_t lane_zeros = 0;  // a byte per block
 #pragma unroll
-    for (int b = 0; b < kChunkBlocks; ++b) scale[b] = next_scale_[b];
-    const uint32_t lane_zeros = next_zeros_;
+    for (int b = 0; b < kChunkBlocks; ++b) {
+      if ((b & group_mask_) == 0) {
+        scale[b] = next_scale_[b];
+        lane_zeros |= next_zero_[b] << 8 * b;
+      } else {
+        scale[b] = scale[b == 0 ? 0 : b - 1];
+      }
+    }
     fetch_scales();
 
     const char* w_sh_rd = w_sh(slot, i) + lane_ * 4 * layout::gpu::vector_words(kBits);
@@ -354,8 +357,8 @@ class Sm80Wna16 {
   int group_mask_;  // b & mask is the place of block b within its group, or within the chunk of a longer one
   int64_t scale_at_, scale_step_;
   int scale_left_;  // k
-  float next_scale_[kChunkBlocks];
-  uint32_t next_zeros_;  // a byte per block
+  float next_scale_[kChunkBlocks] = {};
+  uint32_t next_zero_[kChunkBlocks] = {};
   Offsets offsets_[kRowsHeld] = {kSymmetric, kSymmetric, kSymmetric, kSymmetric};
   float sum_[kPanels][kTiles][4] = {};    // of the current group
   float total_[kPanels][kTiles][4] = {};  // of the groups before, scaled

@@ -59,8 +59,8 @@ def windows(model: str | Path) -> list[list[int]]:
 def score(model: str | Path, check_linears: bool = False, **engine_args) -> Score:
     """Start vLLM in this process, score the windows, stop it.
 
-    With ``check_linears`` every quantized linear is also computed by the reference ops from the tensors of
-    the checkpoint, on the inputs that it gets here.
+    With ``check_linears`` every quantized linear, and the experts of every block, are also computed by the reference
+    ops from the tensors of the checkpoint, on the inputs that they get here.
     """
     from vllm import LLM, SamplingParams
 
@@ -89,31 +89,47 @@ def score(model: str | Path, check_linears: bool = False, **engine_args) -> Scor
 
 @contextmanager
 def _checked_linears(model: str | Path) -> Iterator[dict[str, float]]:
+    from sliderquant_vllm.compat import activate_experts
     from sliderquant_vllm.linear import SliderQuantLinearMethod
+    from sliderquant_vllm.moe import SliderQuantMoEMethod, names_of
 
     _, config = read_config(model)
     reader = Reader(model)
     modules = reader.modules()
     errors: dict[str, float] = {}
-    apply = SliderQuantLinearMethod.apply
+    linear, experts = SliderQuantLinearMethod.apply, SliderQuantMoEMethod.apply
 
-    def checked(method, layer, x, bias=None):
-        y = apply(method, layer, x, bias)
+    def reference(name):
+        tensors = {suffix: reader.tensor(f"{name}.{suffix}") for suffix in modules[name]}
+        return ReferenceLinear(tensors, config.scheme_for(name))
+
+    def record(prefix, y, expected):
+        errors[prefix] = max(errors.get(prefix, 0.0), relative_error(y, expected))
+
+    def checked_linear(method, layer, x, bias=None):
+        y = linear(method, layer, x, bias)
         stem, _, leaf = method.prefix.rpartition(".")
-        expected = []
-        for part in FUSED_MODULES.get(leaf, (leaf,)):
-            name = f"{stem}.{part}"
-            tensors = {suffix: reader.tensor(f"{name}.{suffix}") for suffix in modules[name]}
-            expected.append(ReferenceLinear(tensors, config.scheme_for(name)).to(x.device)(x))
-        error = relative_error(y, torch.cat(expected, -1))
-        errors[method.prefix] = max(errors.get(method.prefix, 0.0), error)
+        parts = [reference(f"{stem}.{part}").to(x.device)(x) for part in FUSED_MODULES.get(leaf, (leaf,))]
+        record(method.prefix, y, torch.cat(parts, -1))
         return y
 
-    SliderQuantLinearMethod.apply = checked
+    def checked_experts(method, layer, x, topk_weights, topk_ids, *shared, **named):
+        y = experts(method, layer, x, topk_weights, topk_ids, *shared, **named)
+        expected, names = torch.zeros(x.shape), names_of(layer)
+        for number in topk_ids.unique().tolist():
+            gate, down, up = (reference(f"{method.prefix}.{number}.{names[shard]}") for shard in sorted(names))
+            tokens, slots = (topk_ids == number).nonzero(as_tuple=True)
+            gate_up = torch.cat((gate(x[tokens]), up(x[tokens])), -1)
+            routed = down(activate_experts(layer, gate_up)).float()
+            expected[tokens] += routed * topk_weights[tokens, slots, None]
+        record(method.prefix, y, expected.to(x.dtype))
+        return y
+
+    SliderQuantLinearMethod.apply, SliderQuantMoEMethod.apply = checked_linear, checked_experts
     try:
         yield errors
     finally:
-        SliderQuantLinearMethod.apply = apply
+        SliderQuantLinearMethod.apply, SliderQuantMoEMethod.apply = linear, experts
 
 
 def start_error(model: str | Path, **engine_args) -> str:

@@ -82,14 +82,6 @@ def test_an_output_layer_must_be_ignored():
         config(ignore=()).get_quant_method(layer_of(compat.ParallelLMHead), "lm_head")
 
 
-def test_experts_must_be_ignored():
-    experts = layer_of(compat.RoutedExperts)
-    with pytest.raises(FormatError, match=r"mixtures of experts.*\.experts\\\..*ignore"):
-        config().get_quant_method(experts, "model.layers.0.mlp.experts")
-    ignoring = config(ignore=("lm_head", r"re:.*\.experts\..*"))
-    assert ignoring.get_quant_method(experts, "model.layers.0.mlp.experts") is None
-
-
 def test_exact_names_follow_the_names_of_the_served_model():
     mapper = SimpleNamespace(apply_list=lambda names: [f"language.{name}" for name in names])
     renamed = config(
