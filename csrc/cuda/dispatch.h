@@ -39,8 +39,9 @@ constexpr int64_t split_cost(const Sm80Tile& tile, int64_t m, int64_t n, int64_t
   const int64_t bytes = (tile.k_stages(k) + splits - 1) / splits * tile.stage_bytes();
   const int64_t busiest = (blocks + gpu.processors - 1) / gpu.processors;
   const int64_t reading = std::max(blocks * bytes / gpu.processors, busiest * bytes * 100 / kOwnPace);
+  const int64_t rounds = (busiest + tile.blocks_per_processor() - 1) / tile.blocks_per_processor();
   const int64_t reducing = splits == 1 ? 0 : kReduceCost + splits * m * n * 4 / gpu.processors;
-  return reading + kBlockCost + reducing;
+  return reading + rounds * kBlockCost + reducing;
 }
 
 constexpr int choose_tiles(int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8; }
