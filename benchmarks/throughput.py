@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     models = find_models(arguments.model, arguments.baseline)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(soft_wrap=True)
     job = {name: getattr(arguments, name) for name in SETTINGS}
     rates: dict[str, dict[str, dict[str, list[float]]]] = {label: {} for label in models}
     for turn in range(arguments.rounds):
@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     path = arguments.output_dir / "throughput.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(table(medians))
+    console.print(table(medians), soft_wrap=True)
     if arguments.plot:
         plot(medians, arguments.output_dir / "throughput.png")
     console.print(f"written to {arguments.output_dir}", highlight=False)
