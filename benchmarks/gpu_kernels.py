@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_kernels --shapes 28672x4096 --m 1 16 64 --json times.json
 
 Calls are replayed from a CUDA graph, so that no launch from Python counts, and go through more copies of the weights
-than L2 holds. Each time is a median over replays. The error of an op is that against the float64 product of the weights
-that it stands for. Without a GPU only the model is printed; its columns say that they were not measured.
+than L2 holds. Each time is a median over replays. That of an integer product counts the quantization of its tokens. The
+error of an op is that against the float64 product of what its codes stand for. Without a GPU only the model is printed;
+its columns say that they were not measured.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sliderquant_vllm.packing import pack_codes
 
 # gate_up, down, qkv and o of Llama-3 8B, gate_up of 70B on one of eight GPUs
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (7168, 8192)]
-TOKENS = [1, 4, 8, 16, 32, 64, 128]
+TOKENS = [1, 4, 8, 16, 32, 64, 128, 512, 2048]
 BASELINE = "torch bf16"
 MICRO = 1e6
 
@@ -38,6 +39,8 @@ class Contender:
     copies: int
     run: Callable[[int, torch.Tensor], torch.Tensor]  # (copy of the weights, x) -> y
     dense: torch.Tensor | None  # [N, K], what the weights stand for; None: not checked
+    seen: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double  # x as the op sees it
+    least_m: int = 1
 
 
 class Absent(Exception):
@@ -53,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print("No GPU that torch can use: nothing is measured, the model alone.\n")
         rows = [
-            {"op": op_name(bits, args.group_size), "n": n, "k": k, "m": m, "us": None, "bits": bits}
+            {"op": name, "n": n, "k": k, "m": m, "us": None}
             for n, k in args.shapes
-            for bits in args.bits
+            for name in [*(op_name(bits, args.group_size) for bits in args.bits), *map(integer_name, args.integer)]
             for m in args.m
         ]
     for row in rows:
@@ -74,6 +77,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="NxK")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
+    parser.add_argument(
+        "--integer", nargs="*", type=widths, default=[(4, 4), (8, 8)], help="of weights x activations, such as 4x8"
+    )
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
     parser.add_argument("--plain", action="store_true", help="time the plain kernels as well")
@@ -92,8 +98,22 @@ def shape(text: str) -> tuple[int, int]:
     return n, k
 
 
+def widths(text: str) -> tuple[int, int]:
+    try:
+        bits, activation_bits = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two widths such as 4x8, found {text!r}") from None
+    if bits not in (2, 3, 4, 8) or not 2 <= activation_bits <= 8:
+        raise argparse.ArgumentTypeError(f"{text}: weights have 2, 3, 4 or 8 bits, activations 2 to 8")
+    return bits, activation_bits
+
+
 def op_name(bits: int, group_size: int) -> str:
     return f"sliderquant W{bits}A16 {'per channel' if group_size == -1 else f'g{group_size}'}"
+
+
+def integer_name(bits_of_both: tuple[int, int]) -> str:
+    return "sliderquant W{}A{} per channel".format(*bits_of_both)
 
 
 def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: dict[str, str]) -> None:
@@ -101,6 +121,7 @@ def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: 
     builders = {
         BASELINE: lambda: bf16_contender(n, k, cold),
         "torch int4": lambda: int4_contender(n, k, cold),
+        "torch int8, product alone": lambda: int8_contender(n, k, cold, max(args.m)),
         "vLLM Marlin W4A16 g128": lambda: marlin_contender(n, k, cold),
     }
     for bits in args.bits:
@@ -108,10 +129,15 @@ def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: 
         builders[name] = lambda bits=bits: own_contender(args, n, k, bits, cold, "")
         if args.plain:
             builders[f"{name}, plain"] = lambda bits=bits: own_contender(args, n, k, bits, cold, "plain")
+    for both in args.integer:
+        name = integer_name(both)
+        builders[name] = lambda both=both: integer_contender(args, n, k, both, cold, "")
+        if args.plain:
+            builders[f"{name}, plain"] = lambda both=both: integer_contender(args, n, k, both, cold, "plain")
     for name, build in builders.items():
         try:
             contender = build()
-            for m in args.m:
+            for m in (m for m in args.m if m >= contender.least_m):
                 rows.append({"op": name, "n": n, "k": k, "m": m} | timed(contender, k, m, args.replays))
         except Absent as reason:
             absent[name] = str(reason)
@@ -146,6 +172,27 @@ def int4_contender(n: int, k: int, cold: int) -> Contender:
         len(weights),
         lambda copy, x: torch.ops.aten._weight_int4pack_mm(x, weights[copy], 128, scales),
         None,
+    )
+
+
+def int8_contender(n: int, k: int, cold: int, most: int) -> Contender:
+    """The int8 product that torch itself has, of codes that are there already: no scales, sums in int32."""
+    least_m = 17
+    codes = torch.randint(-128, 128, (max(most, least_m), k), device="cuda", dtype=torch.int8)
+    weights = [
+        torch.randint(-128, 128, (n, k), device="cuda", dtype=torch.int8).t() for _ in range(copies_of(n * k, cold))
+    ]
+    try:
+        torch._int_mm(codes[:least_m], weights[0])
+    except (RuntimeError, AttributeError) as error:
+        raise Absent(str(error).splitlines()[0]) from error
+    return Contender(
+        "torch int8, product alone",
+        n * k,
+        len(weights),
+        lambda copy, x: torch._int_mm(codes[: len(x)], weights[copy]),
+        None,
+        least_m=least_m,
     )
 
 
@@ -194,6 +241,36 @@ def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int
     return Contender(op_name(bits, args.group_size), size, len(weights), run, dense)
 
 
+def integer_contender(
+    args: argparse.Namespace, n: int, k: int, both: tuple[int, int], cold: int, kernel: str
+) -> Contender:
+    if not ops.is_native("cuda"):
+        raise Absent("this library was built without CUDA kernels")
+    bits, activation_bits = both
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(n, device="cuda") * 0.02 + 0.001
+    zero = torch.randint(0, 2**bits, (n,), dtype=torch.uint8, device="cuda")
+    if args.symmetric:
+        zero.fill_(2 ** (bits - 1))
+    dense = (codes.float() - zero.float()[:, None]) * scale[:, None]
+    size = n * k * bits // 8
+    col_sum = codes.sum(1, dtype=torch.int32)
+    packed = ops.repack(pack_codes(codes, bits), bits, activation_bits)
+    weights = [packed.clone() for _ in range(copies_of(size, cold))]
+    zero = None if args.symmetric else zero
+
+    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
+        os.environ["SLIDERQUANT_CUDA_INTEGER"] = kernel
+        tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
+        return ops.w4a4_gemm(*tokens, weights[copy], scale, zero, col_sum, None, bits, x.dtype)
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        codes, scale, zero, _ = ops.quantize_per_token(x, activation_bits, args.symmetric)
+        return (codes.double() - zero[:, None]) * scale[:, None].double()
+
+    return Contender(integer_name(both), size, len(weights), run, dense, seen)
+
+
 def timed(contender: Contender, k: int, m: int, replays: int) -> dict:
     """Microseconds per call, the share of the weights' bytes, and the error of the first 16 tokens."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -219,7 +296,7 @@ def timed(contender: Contender, k: int, m: int, replays: int) -> dict:
     microseconds = statistics.median(times)
     error = None
     if contender.dense is not None:
-        error = relative_error(y[:16], x[:16].double() @ contender.dense.double().T)
+        error = relative_error(y[:16], contender.seen(x[:16]) @ contender.dense.double().T)
     return {"us": microseconds, "gb_per_s": contender.bytes / microseconds / 1e3, "error": error}
 
 
@@ -231,8 +308,11 @@ def expected(row: dict, args: argparse.Namespace) -> dict:
         return {"model_us": sixteen * MICRO, "model_limit": ""}
     if not row["op"].startswith("sliderquant") or row["op"].endswith("plain"):
         return {"model_us": None, "model_limit": ""}
-    bits = int(row["op"].split("W")[1][0])
-    cost = gpu_model.wna16_cost(gpu_model.H200, m, n, k, bits, args.group_size, not args.symmetric)
+    bits, activations = map(int, row["op"].split("W")[1].split()[0].split("A"))
+    if activations == 16:
+        cost = gpu_model.wna16_cost(gpu_model.H200, m, n, k, bits, args.group_size, not args.symmetric)
+    else:
+        cost = gpu_model.integer_cost(gpu_model.H200, m, n, k, bits, not args.symmetric)
     return {
         "model_us": cost.total * MICRO,
         "model_limit": cost.limit,

@@ -1,4 +1,4 @@
-"""What the W*A16 kernel for tensor cores should take on a GPU, from its bytes, instructions and occupancy.
+"""What the kernels for tensor cores should take on a GPU, from its bytes, instructions and occupancy.
 
 A model, to be compared with what is measured and never to be quoted instead of it.
 """
@@ -20,7 +20,7 @@ class Machine:
     clock: float  # Hz, under load
     memory: float  # bytes/s
     l2: float  # bytes/s; microbenchmarks of others
-    mma_cycles: float  # of one mma.m16n8k16 in a quarter of an SM; on sm_90 mma.sync reaches 62% of wgmma's rate
+    mma_cycles: float  # of one mma.m16n8k16, or m16n8k32 of bytes, in a quarter of an SM; on sm_90 62% of wgmma's rate
     launch: float  # s from one kernel of a CUDA graph to the next, and until its pipelines are full; a guess
 
 
@@ -28,7 +28,10 @@ H200 = Machine("H200", 90, 132, 1.755e9, 4.8e12, 5.5e12, 6.5, 3e-6)
 REDUCE_LAUNCH = 2e-6  # s of the second kernel, which finds everything in L2; a guess
 MEMORY_SHARE = 0.92  # of the data sheet's bandwidth that a long copy reaches
 QUARTERS = 4  # of an SM, each of which issues one instruction of a warp per cycle
+SHARED_BYTES = 128  # that an SM reads of its shared memory per cycle
+QUANTIZE_LAUNCH = 2e-6  # s of the kernel that quantizes the tokens, which find themselves in L2; a guess
 OVERHEAD = 100  # instructions per chunk: copies, addresses, scales, the loop; counted in the machine code of sm_90a
+INTEGER_OVERHEAD = 60  # the same of the integer product
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,15 @@ class Cost:
     blocks: int
     splits: int
     blocks_per_processor: int
+    shared: float = 0
 
     @property
     def total(self) -> float:
-        return max(self.memory, self.l2, self.issue, self.tensor) + self.launches
+        return getattr(self, self.limit) + self.launches
 
     @property
     def limit(self) -> str:
-        return max(("memory", "l2", "issue", "tensor"), key=lambda name: getattr(self, name))
+        return max(("memory", "l2", "issue", "tensor", "shared"), key=lambda name: getattr(self, name))
 
 
 def chunk_instructions(bits: int, fp16: bool, tiles: int, groups: int, asymmetric: bool) -> float:
@@ -96,6 +100,40 @@ def wna16_cost(
         blocks=blocks,
         splits=splits,
         blocks_per_processor=min(plan["blocks_per_processor"], busiest),
+    )
+
+
+def quad_instructions(bits: int, panels: int, tiles: int) -> float:
+    """Of a warp for its panels of 16 channels x 128 k, as expand.cuh and sm80_integer.cuh say, per lane."""
+    expand = {2: 16 + 12, 3: 32 + 22, 4: 16 + 8, 8: 0}[bits]  # masks and shifts of 16 registers
+    vectors = {2: 1, 3: 3, 4: 2, 8: 4}[bits]
+    return panels * (expand + vectors) + 4 * panels * tiles + 4 * tiles + INTEGER_OVERHEAD
+
+
+def integer_cost(machine: Machine, m: int, n: int, k: int, bits: int, asymmetric: bool) -> Cost:
+    """Of the integer product, and of quantizing its tokens before."""
+    plan = ops.host().gpu.plan_integer(m, n, k, bits, machine.arch, machine.processors)
+    splits, blocks, panels = plan["splits"], plan["blocks"], plan["panels"]
+    tiles = plan["tokens"] // 8 // plan["warps_m"]
+    weights = 4 * ops.host().gpu.packed_words(bits, n, k) + n * (9 if asymmetric else 8)
+    chunks_of_block = -(-k // 128) / splits
+    token_tiles = -(-m // plan["tokens"])
+    x_reads = blocks * chunks_of_block * 128 * min(m, plan["tokens"])
+    partial = 2 * 4 * splits * m * n if splits > 1 else 0
+    quantizing = m * k * (2 + 1)
+    busiest = -(-blocks // machine.processors)
+    warp_chunks = busiest * chunks_of_block * plan["channels"] / (16 * panels) * plan["warps_m"]
+    read = 256 * (4 * tiles + bits * panels)  # bytes of shared memory, per warp and chunk
+    return Cost(
+        memory=(weights + quantizing + 2 * m * n) / (machine.memory * MEMORY_SHARE),
+        l2=(weights * token_tiles + x_reads + partial + quantizing + 2 * m * n) / machine.l2,
+        issue=warp_chunks / QUARTERS * quad_instructions(bits, panels, tiles) / machine.clock,
+        tensor=warp_chunks / QUARTERS * 4 * panels * tiles * machine.mma_cycles / machine.clock,
+        launches=machine.launch + QUANTIZE_LAUNCH + (REDUCE_LAUNCH if splits > 1 else 0),
+        blocks=blocks,
+        splits=splits,
+        blocks_per_processor=min(plan["blocks_per_processor"], busiest),
+        shared=warp_chunks * read / SHARED_BYTES / machine.clock,
     )
 
 

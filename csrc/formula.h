@@ -43,15 +43,41 @@ SLIDERQUANT_HOST_DEVICE float token_code(float x, const TokenGrid& grid) {
   return code < grid.max_code ? code : grid.max_code;
 }
 
-// y[m, n] from sum_k a*w. Unsigned arithmetic wraps, and the caller guarantees that the final bracket fits 32 bits, so
-// it is exact whatever its terms.
+// a * b, which no compiler may fuse with the sum that takes it: every device rounds alike.
+SLIDERQUANT_HOST_DEVICE float multiply(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// What an output of the integer product takes from its token, and from its channel.
+struct IntegerToken {
+  float scale;
+  uint32_t zero, sum;
+};
+struct IntegerChannel {
+  float scale, bias;
+  uint32_t zero, sum;
+};
+
+// From sum_k a*w. Unsigned arithmetic wraps, and the caller guarantees that the final bracket fits 32 bits, so it is
+// exact whatever its terms.
+SLIDERQUANT_HOST_DEVICE float integer_output(const IntegerToken& a, const IntegerChannel& w, int64_t k, bool biased,
+                                             uint32_t sum) {
+  const uint32_t bracket = sum - a.zero * w.sum - w.zero * a.sum + static_cast<uint32_t>(k) * a.zero * w.zero;
+  const float y = multiply(static_cast<float>(static_cast<int32_t>(bracket)), multiply(a.scale, w.scale));
+  return biased ? y + w.bias : y;
+}
+
+// y[m, n]
 SLIDERQUANT_HOST_DEVICE float integer_output(const IntegerGemm& a, int64_t m, int64_t n, uint32_t sum) {
-  const uint32_t za = static_cast<uint32_t>(a.za[m]);
-  const uint32_t zw = a.zw != nullptr ? a.zw[n] : 1u << (a.bits - 1);
-  const uint32_t bracket = sum - za * static_cast<uint32_t>(a.col_sum[n]) -
-                           zw * static_cast<uint32_t>(a.row_sum[m]) + static_cast<uint32_t>(a.k) * za * zw;
-  const float y = static_cast<float>(static_cast<int32_t>(bracket)) * (a.sa[m] * a.sw[n]);
-  return a.bias != nullptr ? y + a.bias[n] : y;
+  const IntegerToken token = {a.sa[m], static_cast<uint32_t>(a.za[m]), static_cast<uint32_t>(a.row_sum[m])};
+  const IntegerChannel channel = {a.sw[n], a.bias != nullptr ? a.bias[n] : 0,
+                                  a.zw != nullptr ? a.zw[n] : 1u << (a.bits - 1),
+                                  static_cast<uint32_t>(a.col_sum[n])};
+  return integer_output(token, channel, a.k, a.bias != nullptr, sum);
 }
 
 }  // namespace sliderquant

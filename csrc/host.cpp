@@ -33,12 +33,11 @@ double peak(const std::string& kind, double seconds) {
   throw py::value_error("peak: expected bf16 or int8 on a machine that runs the avx512 kernels, found " + kind);
 }
 
-py::dict plan_wna16(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
-  const auto plan = cuda::plan_wna16(m, n, k, bits, {arch, processors}, text.c_str());
+template <class Tile>
+py::dict describe(const cuda::Plan& plan, const Tile& tile, int64_t m, int64_t n) {
   py::dict found;
   found["kernel"] = plan.tensor_cores ? "sm80" : "plain";
   if (!plan.tensor_cores) return found;
-  const cuda::Sm80Tile tile = {bits, plan.tiles};
   found["tokens"] = tile.tokens();
   found["channels"] = tile.rows();
   found["splits"] = plan.splits;
@@ -47,6 +46,20 @@ py::dict plan_wna16(int64_t m, int64_t n, int64_t k, int bits, int arch, int pro
   found["stages"] = tile.stages();
   found["stage_bytes"] = tile.stage_bytes();
   found["shared_bytes"] = tile.shared_bytes();
+  return found;
+}
+
+py::dict plan_wna16(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
+  const auto plan = cuda::plan_wna16(m, n, k, bits, {arch, processors}, text.c_str());
+  return describe(plan, cuda::Sm80Tile{bits, plan.tokens / cuda::Sm80Tile::kTileTokens}, m, n);
+}
+
+py::dict plan_integer(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
+  const auto plan = cuda::plan_integer(m, n, k, bits, {arch, processors}, text.c_str());
+  const cuda::Sm80IntegerTile tile = {bits, plan.tokens};
+  py::dict found = describe(plan, tile, m, n);
+  if (plan.tensor_cores) found["warps_m"] = tile.warps_m();
+  if (plan.tensor_cores) found["panels"] = tile.panels();
   return found;
 }
 
@@ -92,4 +105,6 @@ PYBIND11_MODULE(_host, module) {
   gpu.def("plan_wna16", &plan_wna16, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("arch"),
           py::arg("processors"), py::arg("override") = "",
           "The kernel that wna16_gemm takes on such a GPU (80 for sm_80), and its sizes. Raises RuntimeError.");
+  gpu.def("plan_integer", &plan_integer, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("arch"),
+          py::arg("processors"), py::arg("override") = "", "The same of w4a4_gemm.");
 }

@@ -192,20 +192,40 @@ void run_cuda(const char* op, const Args& args, int device, const char* (*launch
   run_cuda(op, device, [&](uintptr_t stream) { return launch(args, device, stream); });
 }
 
-// The workspace goes back to torch's allocator as soon as the kernels are enqueued: what is allocated next on the same
-// stream runs after them.
-void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
-  if (reinterpret_cast<uintptr_t>(args.w) % 16 != 0) {
-    fail(op, "w_packed: expected an address that is a multiple of 16; got ", static_cast<const void*>(args.w));
+void check_aligned(const char* op, const char* name, const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    fail(op, name, ": expected an address that is a multiple of 16; got ", address);
   }
-  const int device = x.device().index();
-  const auto plan = sliderquant::cuda::plan_wna16(args, device);
-  const int64_t size = sliderquant::cuda::workspace_size(args, plan);
+}
+
+// launch(workspace, stream) of a product of m tokens and n output channels. The workspace goes back to torch's
+// allocator as soon as the kernels are enqueued: what is allocated next on the same stream runs after them.
+template <class T, class Launch>
+void run_planned(const char* op, const Tensor& x, ScalarType type, const sliderquant::cuda::Plan& plan, int64_t m,
+                 int64_t n, const Launch& launch) {
+  const int64_t size = sliderquant::cuda::workspace_size(plan, m, n);
   Optional workspace;
-  if (size > 0) workspace = torch::stable::new_empty(x, {size}, ScalarType::Float);
-  auto* partial = workspace.has_value() ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
-  run_cuda(op, device, [&](uintptr_t stream) {
-    return sliderquant::cuda::wna16(args, plan, partial, device, stream);
+  if (size > 0) workspace = torch::stable::new_empty(x, {size}, type);
+  auto* partial = workspace.has_value() ? static_cast<T*>(workspace->mutable_data_ptr()) : nullptr;
+  run_cuda(op, x.device().index(), [&](uintptr_t stream) { return launch(partial, stream); });
+}
+
+void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
+  check_aligned(op, "w_packed", args.w);
+  const int device = x.device().index();
+  const auto plan = sliderquant::cuda::plan(args, device);
+  run_planned<float>(op, x, ScalarType::Float, plan, args.m, args.n, [&](float* workspace, uintptr_t stream) {
+    return sliderquant::cuda::wna16(args, plan, workspace, device, stream);
+  });
+}
+
+void integer_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args) {
+  check_aligned(op, "w_packed", args.w);
+  check_aligned(op, "codes", args.codes);
+  const int device = codes.device().index();
+  const auto plan = sliderquant::cuda::plan(args, device);
+  run_planned<uint32_t>(op, codes, ScalarType::Int, plan, args.m, args.n, [&](uint32_t* workspace, uintptr_t stream) {
+    return sliderquant::cuda::integer_gemm(args, plan, workspace, device, stream);
   });
 }
 #define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel
@@ -217,6 +237,10 @@ void run_cuda(const char* op, const Args&, int, std::nullptr_t) {
 
 void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args) {
   run_cuda(op, args, x.device().index(), nullptr);
+}
+
+void integer_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args) {
+  run_cuda(op, args, codes.device().index(), nullptr);
 }
 #define SLIDERQUANT_LAUNCH(kernel) nullptr
 #endif
@@ -385,7 +409,7 @@ Tensor w4a4(const char* op, const Tensor* offsets, const Tensor& codes, const Te
   } else if (codes.device().is_cpu()) {
     sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
   } else {
-    run_cuda(op, args, codes.device().index(), SLIDERQUANT_LAUNCH(integer_gemm));
+    integer_cuda(op, codes, args);
   }
   return y;
 }

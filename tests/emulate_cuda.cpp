@@ -9,6 +9,7 @@
 #include "../csrc/cuda/integer_gemm.cuh"
 #include "../csrc/cuda/quantize.cuh"
 #include "../csrc/cuda/repack.cuh"
+#include "../csrc/cuda/sm80_integer.cuh"
 #include "../csrc/cuda/sm80_wna16.cuh"
 #include "../csrc/cuda/wna16.cuh"
 #include "cuda_runner.h"
@@ -81,6 +82,46 @@ std::string emulate_sm80(const Wna16& a, int64_t tiles, int splits, uint64_t see
   }
 }
 
+template <int kBits, int kTokens>
+std::string emulate_sm80_integer(const IntegerGemm& a, int splits, uint64_t seed) {
+  using Kernel = cuda::Sm80Integer<kBits, kTokens>;
+  std::vector<uint32_t> partial(splits > 1 ? static_cast<size_t>(splits * a.m * a.n) : 0, 0x12345678);
+  const cuda::IntegerBlocks blocks = {splits, partial.data()};
+  cuda::BlockRunner runner(seed);
+  runner.allow(a.codes, a.m * a.k);
+  for (const void* of_token : {static_cast<const void*>(a.sa), static_cast<const void*>(a.za),
+                               static_cast<const void*>(a.row_sum)}) {
+    runner.allow(of_token, a.m * 4);
+  }
+  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
+  for (const void* of_channel : {static_cast<const void*>(a.sw), static_cast<const void*>(a.col_sum),
+                                 static_cast<const void*>(a.bias)}) {
+    runner.allow(of_channel, a.n * 4);
+  }
+  runner.allow(a.zw, a.n);
+  runner.allow(a.y, a.m * a.n * (a.y_type == Float::kFp32 ? 4 : 2), true);
+  runner.allow(partial.data(), static_cast<int64_t>(partial.size()) * 4, true);
+  std::string found = runner.run(
+      Kernel::blocks(a, splits), Kernel::kThreads, Kernel::kSharedBytes,
+      [&](int64_t block, int thread, char* shared) { Kernel::run(a, blocks, block, thread, shared); });
+  if (found.empty() && splits > 1) {
+    found = runner.run(cuda::IntegerReduce::blocks(a), cuda::IntegerReduce::kThreads, 0,
+                       [&](int64_t block, int thread, char*) { cuda::IntegerReduce::run(a, blocks, block, thread); });
+  }
+  return found;
+}
+
+template <int kBits>
+std::string emulate_sm80_integer(const IntegerGemm& a, int64_t tokens, int splits, uint64_t seed) {
+  switch (tokens) {
+    case 8: return emulate_sm80_integer<kBits, 8>(a, splits, seed);
+    case 16: return emulate_sm80_integer<kBits, 16>(a, splits, seed);
+    case 32: return emulate_sm80_integer<kBits, 32>(a, splits, seed);
+    case 64: return emulate_sm80_integer<kBits, 64>(a, splits, seed);
+    default: return emulate_sm80_integer<kBits, 128>(a, splits, seed);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -123,10 +164,24 @@ void emulate_quantize(const uint16_t* x, int64_t fp16, int64_t x_stride, uint8_t
 
 void emulate_integer_gemm(const uint8_t* codes, const float* sa, const int32_t* za, const int32_t* row_sum,
                           const uint32_t* w, const float* sw, const uint8_t* zw, const int32_t* col_sum,
-                          const float* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t bits) {
+                          const float* bias, void* y, int64_t y_type, int64_t m, int64_t n, int64_t k, int64_t bits) {
   emulate<cuda::IntegerGemmKernel>(
-      {codes, sa, za, row_sum, w, sw, zw, col_sum, bias, y, Float::kFp32, m, n, k,
+      {codes, sa, za, row_sum, w, sw, zw, col_sum, bias, y, static_cast<Float>(y_type), m, n, k,
        static_cast<int>(bits)});
+}
+
+const char* emulate_sm80_integer(const uint8_t* codes, const float* sa, const int32_t* za, const int32_t* row_sum,
+                                 const uint32_t* w, const float* sw, const uint8_t* zw, const int32_t* col_sum,
+                                 const float* bias, void* y, int64_t y_type, int64_t m, int64_t n, int64_t k,
+                                 int64_t bits, int64_t tokens, int64_t splits, int64_t seed) {
+  const IntegerGemm a = {codes, sa,   za, row_sum, w, sw, zw, col_sum, bias, y, static_cast<Float>(y_type), m, n, k,
+                         static_cast<int>(bits)};
+  const auto of_bits = bits == 2   ? emulate_sm80_integer<2>
+                       : bits == 3 ? emulate_sm80_integer<3>
+                       : bits == 4 ? emulate_sm80_integer<4>
+                                   : emulate_sm80_integer<8>;
+  error = of_bits(a, tokens, static_cast<int>(splits), static_cast<uint64_t>(seed));
+  return error.c_str();
 }
 
 void convert(const float* from, uint16_t* bf16, uint16_t* fp16, int64_t count) {

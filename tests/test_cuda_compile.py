@@ -40,8 +40,10 @@ def test_compiles_without_spills(arch, tmp_path):
         compile_cuda(source, target, arch, "-c")
         found = instructions(target, arch)
         # Tensor cores, asynchronous copies past the registers, and nothing that stands in for what is missing.
-        for instruction in ("HMMA.16816.F32", "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS"):
+        for instruction in ("HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.U8.U8", "LDGSTS.E.BYPASS"):
             assert any(one.startswith(instruction) for one in found), (instruction, sorted(found))
+        # Products of four bits, which sm_90 has not, nvcc makes of hundreds of other instructions.
+        assert b"__cuda_sm_9x_mma_sub_byte" not in target.read_bytes()
 
 
 @needs_nvcc
@@ -76,7 +78,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     library = build_emulator("emulate_cuda", tmp_path_factory.mktemp("emulator"))
-    library.emulate_repack.restype = library.emulate_sm80_wna16.restype = ctypes.c_char_p
+    for function in (library.emulate_repack, library.emulate_sm80_wna16, library.emulate_sm80_integer):
+        function.restype = ctypes.c_char_p
     return library
 
 
@@ -246,22 +249,120 @@ def test_quantize_body_on_the_host(emulator, bits, symmetric):
         assert all(torch.equal(one, two) for one, two in zip(outputs, expected, strict=True))
 
 
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
+
+
+def integer_operands(emulator, n: int, k: int, m: int, bits: int, activation_bits: int, symmetric: bool):
+    """What a kernel takes, from codes to bias, and the same for the reference."""
+    weight = random_weight(n, k, bits, -1, symmetric)
+    quantized = ops.quantize_per_token_reference(torch.randn(m, k), activation_bits, symmetric)
+    zw = None if symmetric else weight.zero[0].contiguous()
+    bias = torch.randn(n) if symmetric else None
+    rest = (weight.scale[0].contiguous(), zw, ops.column_sums(weight.packed, bits), bias)
+    w_packed = repack(emulator, weight.packed, bits, pairs=False)
+    return (*quantized, w_packed, *rest), (*quantized, weight.packed, *rest)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_integer_gemm_body_on_the_host(emulator, bits, symmetric):
     for (n, k), m in itertools.product(SHAPES, TOKENS):
-        weight = random_weight(n, k, bits, -1, symmetric)
-        quantized = ops.quantize_per_token_reference(torch.randn(m, k), 4, symmetric)
-        col_sum = ops.column_sums(weight.packed, bits)
-        zw = None if symmetric else weight.zero[0].contiguous()
-        sw, y = weight.scale[0].contiguous(), torch.empty(m, n)
-        call(
-            emulator.emulate_integer_gemm,
-            *(*quantized, repack(emulator, weight.packed, bits, pairs=False), sw, zw, col_sum, None, y),
-            *(m, n, k, bits),
-        )
-        expected = ops.w4a4_gemm_reference(*quantized, weight.packed, sw, zw, col_sum, None, bits, torch.float32)
-        assert torch.equal(y, expected), (n, k, m)
+        operands, expecting = integer_operands(emulator, n, k, m, bits, 4, symmetric)
+        for kind, dtype in enumerate(OUT_DTYPES):
+            y = torch.full((m, n), torch.nan, dtype=dtype)
+            call(emulator.emulate_integer_gemm, *operands, y, kind, m, n, k, bits)
+            assert torch.equal(y, ops.w4a4_gemm_reference(*expecting, bits, dtype)), (n, k, m, dtype)
+
+
+# N, K, M, splits of K: tails of every size, fewer and more stages than there are slots, several blocks.
+INTEGER_CASES = (
+    (1, 32, 1, 1),
+    (16, 128, 8, 1),
+    (17, 96, 13, 1),
+    (40, 288, 5, 2),
+    (130, 1088, 3, 3),
+    (300, 640, 9, 1),
+    (33, 2048, 17, 4),
+    (64, 2048, 2, 5),
+    (48, 96, 70, 1),
+    (130, 416, 131, 2),
+)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_sm80_integer_body_on_the_host(emulator, bits, tokens):
+    seed = random.randrange(2**32)  # of the order in which threads take turns
+    for case, (n, k, m, splits) in enumerate(INTEGER_CASES):
+        symmetric, activation_bits = (case + tokens // 8) % 2 == 0, (4, 8, 2)[case % 3]
+        operands, expecting = integer_operands(emulator, n, k, m, bits, activation_bits, symmetric)
+        kind = (case + bits) % len(OUT_DTYPES)
+        y = torch.full((m, n), torch.nan, dtype=OUT_DTYPES[kind])
+        found = call(emulator.emulate_sm80_integer, *operands, y, kind, m, n, k, bits, tokens, splits, seed)
+        assert found == "", (case, tokens)
+        assert torch.equal(y, ops.w4a4_gemm_reference(*expecting, bits, y.dtype)), (n, k, m, splits, seed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_sm80_integer_multiplies_every_code(emulator, bits):
+    """Every code of weights against rows of one 255, and the largest sums that there are."""
+    n, k = 2**bits, 128
+    codes = ((torch.arange(n)[:, None] + torch.arange(k)) % 2**bits).to(torch.uint8)
+    packed = repack(emulator, pack_codes(codes, bits), bits, pairs=False)
+    tokens = torch.cat([torch.eye(k, dtype=torch.uint8) * 255, torch.full((1, k), 255, dtype=torch.uint8)])
+    m, zeros, ones = k + 1, torch.zeros(n, dtype=torch.int32), torch.ones(n)
+    nothing, y = torch.zeros(m, dtype=torch.int32), torch.empty(m, n)
+    operands = (tokens, torch.ones(m), nothing, nothing, packed, ones, zeros.to(torch.uint8), zeros, None, y, 2)
+    assert call(emulator.emulate_sm80_integer, *operands, m, n, k, bits, 128, 1, 0) == ""
+    assert torch.equal(y.double(), tokens.double() @ codes.double().T)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("k", "splits"), [(256, 1), (1280, 2)])
+def test_sm80_integer_does_not_depend_on_the_order_of_threads(emulator, k, splits, tokens):
+    """Every warp has work, and first and last stages use the room in which sums are exchanged."""
+    operands, expecting = integer_operands(emulator, 256, k, tokens, 4, 4, False)
+    expected = ops.w4a4_gemm_reference(*expecting, 4, torch.float32)
+    for seed in (random.randrange(2**32) for _ in range(4)):
+        y = torch.full((tokens, 256), torch.nan)
+        sizes = (2, tokens, 256, k, 4, tokens, splits, seed)
+        assert call(emulator.emulate_sm80_integer, *operands, y, *sizes) == "" and torch.equal(y, expected), seed
+
+
+# (M, N, K, bits) on an H200 -> tokens of a block, splits of K
+INTEGER_PLANS = {
+    (1, 28672, 4096, 4): (8, 1),
+    (16, 28672, 4096, 4): (16, 1),
+    (33, 28672, 4096, 4): (64, 1),
+    (2048, 28672, 4096, 4): (128, 1),
+    (2048, 4096, 4096, 4): (128, 1),
+    (1, 16, 32, 2): (8, 1),
+}
+
+
+@pytest.mark.parametrize("case", INTEGER_PLANS, ids=str)
+def test_integer_plan(case):
+    plan = ops.host().gpu.plan_integer(*case, 90, 132)
+    assert (plan["kernel"], plan["tokens"], plan["splits"]) == ("sm80", *INTEGER_PLANS[case])
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integer_plan_override(bits, tokens):
+    plan = functools.partial(ops.host().gpu.plan_integer, 4, 4096, 4096, bits, 90, 132)
+    found = plan(f"sm80:splits=3:tokens={tokens}")
+    assert (found["tokens"], found["splits"]) == (tokens, 3)
+    assert found["shared_bytes"] <= 99 * 1024 and found["stages"] >= 2
+    assert plan("plain") == {"kernel": "plain"}
+    message = r"SLIDERQUANT_CUDA_INTEGER: expected plain, .*tokens=8\|16\|32\|64\|128 and .*got sm80:tokens=24$"
+    with pytest.raises(RuntimeError, match=message):
+        plan("sm80:tokens=24")
+
+
+def test_integer_plan_names_sizes_beyond_its_own():
+    message = "w4a4_gemm: expected at most 1073741824 tokens and output channels; got M=2147483648, N=16"
+    with pytest.raises(RuntimeError, match=message):
+        ops.host().gpu.plan_integer(2**31, 16, 32, 4, 90, 132)
 
 
 def test_float_conversions_are_torchs(emulator):

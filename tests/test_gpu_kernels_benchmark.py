@@ -15,7 +15,8 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures whe
 @without_gpu
 def test_prints_the_model_alone(tmp_path, capsys):
     target = tmp_path / "times.json"
-    gpu_kernels.main(["--shapes", "4096x4096", "--m", "1", "64", "--bits", "4", "2", "--json", str(target)])
+    sizes = ["--shapes", "4096x4096", "--m", "1", "64", "--bits", "4", "--integer", "4x8"]
+    gpu_kernels.main([*sizes, "--json", str(target)])
     text = capsys.readouterr().out
     assert "nothing is measured" in text and "model, not measured" in text
     found = json.loads(target.read_text())
@@ -38,7 +39,30 @@ def test_instructions_of_the_model(arguments, instructions):
     assert gpu_model.chunk_instructions(*arguments) == instructions + gpu_model.OVERHEAD
 
 
+@pytest.mark.parametrize(
+    ("arguments", "instructions"),
+    [
+        # expansion + reads of weights, per panel; products; reads of tokens
+        ((4, 2, 1), 2 * (24 + 2) + 8 + 4),
+        ((2, 4, 8), 4 * (28 + 1) + 128 + 32),
+        ((3, 2, 8), 2 * (54 + 3) + 64 + 32),
+        ((8, 4, 8), 4 * 4 + 128 + 32),
+    ],
+)
+def test_instructions_of_the_integer_model(arguments, instructions):
+    assert gpu_model.quad_instructions(*arguments) == instructions + gpu_model.INTEGER_OVERHEAD
+
+
+def test_widths_of_an_integer_product():
+    assert gpu_kernels.widths("3x8") == (3, 8)
+    for text in ("4", "4x9", "5x4"):
+        with pytest.raises(gpu_kernels.argparse.ArgumentTypeError, match=text):
+            gpu_kernels.widths(text)
+
+
 def test_the_model_is_no_faster_than_memory():
     cost = gpu_model.wna16_cost(gpu_model.H200, 1, 28672, 4096, 4, 128, True)
     assert cost.total >= 28672 * 4096 / 2 / gpu_model.H200.memory
     assert cost.total < gpu_model.bf16_cost(gpu_model.H200, 1, 28672, 4096)
+    integer = gpu_model.integer_cost(gpu_model.H200, 2048, 28672, 4096, 4, True)
+    assert integer.limit == "tensor" and integer.total > integer.tensor

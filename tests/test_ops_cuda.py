@@ -120,17 +120,69 @@ def test_hadamard(block_size):
     assert relative_error(y.cpu(), ops.hadamard_reference(x.double(), block_size)) < 4e-3
 
 
+# Values of SLIDERQUANT_CUDA_INTEGER; empty: what the dispatch chooses.
+INTEGER_KERNELS = ("", "plain", *(f"sm80:tokens={8 << i}:splits={splits}" for i, splits in enumerate((1, 2, 3, 1, 2))))
+
+
+def check_w4a4_gemm(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:
+    n, k, m = shape
+    for symmetric in (False, True):
+        weight = random_weight(n, k, bits, -1, symmetric)
+        quantized = ops.quantize_per_token_reference(torch.randn(m, k), activation_bits, symmetric)
+        zw, bias = (None, torch.randn(n)) if symmetric else (weight.zero[0], None)
+        rest = (weight.scale[0], zw, ops.column_sums(weight.packed, bits), bias, bits)
+        w_packed = ops.repack(weight.packed.cuda(), bits, activation_bits=activation_bits)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            y = torch.ops.sliderquant.w4a4_gemm(*on_gpu(*quantized, w_packed, *rest), dtype)
+            expected = ops.w4a4_gemm_reference(*quantized, weight.packed, *rest, dtype)
+            assert torch.equal(y.cpu(), expected), (shape, symmetric, dtype)
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_w4a4_gemm(bits):
-    weight = random_weight(130, 256, bits, -1, symmetric=False)
-    quantized = ops.quantize_per_token_reference(torch.randn(33, 256), 4, False)
-    sums = ops.column_sums(weight.packed, bits)
-    rest = (weight.scale[0], weight.zero[0], sums, torch.randn(130), bits, torch.bfloat16)
-    w_packed = ops.repack(weight.packed.cuda(), bits, activation_bits=4)
-    y = torch.ops.sliderquant.w4a4_gemm(*on_gpu(*quantized, w_packed, *rest))
-    expected = ops.w4a4_gemm_reference(*quantized, weight.packed, *rest)
-    # Sums are exact; a rounding to bf16 may fall otherwise where fp32 ends in a tie.
-    torch.testing.assert_close(y.cpu(), expected, rtol=2**-7, atol=1e-6)
+def test_w4a4_gemm_on_odd_shapes(monkeypatch, bits, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", kernel)
+    for case, (n, k, _, m) in enumerate((*ODD_SHAPES, (300, 1088, -1, 300))):
+        check_w4a4_gemm(bits, (4, 8)[case % 2], (n, k, m))
+
+
+@pytest.mark.parametrize("shape", [(28672, 4096, 1), (4096, 14336, 16), (6144, 4096, 65), (5632, 2048, 512)], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_w4a4_gemm_on_real_shapes(bits, shape):
+    check_w4a4_gemm(bits, 4, shape)
+
+
+def test_w4a4_gemm_from_a_graph(monkeypatch):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", "sm80:tokens=16:splits=4")
+    weight = random_weight(300, 2048, 4, -1, False)
+    w_packed = ops.repack(weight.packed.cuda(), 4, activation_bits=4)
+    rest = on_gpu(w_packed, weight.scale[0], weight.zero[0], ops.column_sums(weight.packed, 4), None, 4)
+    x = torch.randn(9, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def layer() -> torch.Tensor:
+        return torch.ops.sliderquant.w4a4_gemm(*ops.quantize_per_token(x, 4, False), *rest, torch.bfloat16)
+
+    expected = layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer()
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_w4a4_gemm_names_a_wrong_override_and_a_wrong_address(monkeypatch):
+    codes = torch.zeros(2 * 64 + 1, dtype=torch.uint8, device="cuda")[1:].view(2, 64)
+    w_packed = ops.repack(torch.zeros(16, 8, dtype=torch.int32, device="cuda"), 4, activation_bits=4)
+    tokens = (torch.ones(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    rest = on_gpu(*tokens, w_packed, torch.ones(16), None, torch.zeros(16, dtype=torch.int32), None, 4)
+    with pytest.raises(RuntimeError, match="codes: expected an address that is a multiple of 16; got 0x"):
+        torch.ops.sliderquant.w4a4_gemm(codes, *rest, torch.float32)
+    monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", "sm80:tokens=7")
+    with pytest.raises(RuntimeError, match="SLIDERQUANT_CUDA_INTEGER: expected plain.*got sm80:tokens=7"):
+        torch.ops.sliderquant.w4a4_gemm(codes.clone(), *rest, torch.float32)
 
 
 def test_grouped_products_are_those_of_each_expert():

@@ -1,7 +1,7 @@
 // Which kernel makes a product, and how it is cut. Plain C++: runs anywhere, so that every choice can be looked at.
 //
-// SLIDERQUANT_CUDA_WNA16 overrides the choice for experiments: plain, or sm80 followed by any of :tokens=8|16|32|64 and
-// :splits=COUNT, such as sm80:tokens=16:splits=4.
+// SLIDERQUANT_CUDA_WNA16 and SLIDERQUANT_CUDA_INTEGER override the choice for experiments: plain, or sm80 followed by
+// any of :tokens=8|16|32|64 (also 128 for the integer product) and :splits=COUNT, such as sm80:tokens=16:splits=4.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,9 @@ struct Gpu {
   int processors;  // SMs
 };
 
-struct Wna16Plan {
-  bool tensor_cores;  // sm80_wna16.cuh; otherwise the plain kernel
-  int tiles;          // of eight tokens that a block takes
+struct Plan {
+  bool tensor_cores;  // otherwise the plain kernel
+  int tokens;         // that a block takes
   int splits;         // blocks that share the K of the same outputs
 };
 
@@ -34,9 +34,10 @@ constexpr int64_t kBlockCost = 40 << 10, kReduceCost = 88 << 10;
 // An SM that has more to do than others reads this much faster than its share, in percent.
 constexpr int64_t kOwnPace = 125;
 
-constexpr int64_t split_cost(const Sm80Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu, int splits) {
+template <class Tile>
+constexpr int64_t split_cost(const Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu, int splits) {
   const int64_t blocks = tile.n_tiles(n) * tile.m_tiles(m) * splits;
-  const int64_t bytes = (tile.k_stages(k) + splits - 1) / splits * tile.stage_bytes();
+  const int64_t bytes = (tile.k_stages(k) + splits - 1) / splits * tile.stage_cost();
   const int64_t busiest = (blocks + gpu.processors - 1) / gpu.processors;
   const int64_t reading = std::max(blocks * bytes / gpu.processors, busiest * bytes * 100 / kOwnPace);
   const int64_t rounds = (busiest + tile.blocks_per_processor() - 1) / tile.blocks_per_processor();
@@ -44,9 +45,14 @@ constexpr int64_t split_cost(const Sm80Tile& tile, int64_t m, int64_t n, int64_t
   return reading + rounds * kBlockCost + reducing;
 }
 
-constexpr int choose_tiles(int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8; }
+constexpr int least_tokens(int64_t m, int most) {
+  int tokens = 8;
+  while (tokens < m && tokens < most) tokens *= 2;
+  return tokens;
+}
 
-constexpr int choose_splits(const Sm80Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+template <class Tile>
+constexpr int choose_splits(const Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   const auto most = static_cast<int>(std::min<int64_t>(tile.k_stages(k), kMaxSplits));
   int best = 1;
   for (int splits = 2; splits <= most; ++splits) {
@@ -55,46 +61,82 @@ constexpr int choose_splits(const Sm80Tile& tile, int64_t m, int64_t n, int64_t 
   return best;
 }
 
-// Throws std::runtime_error where the override is none.
-inline Wna16Plan plan_wna16(int64_t m, int64_t n, int64_t k, int bits, const Gpu& gpu, const char* override_text) {
-  Wna16Plan plan = {gpu.arch >= 80, choose_tiles(m), 0};
-  std::string rest = override_text != nullptr ? override_text : "";
+// What an override asks for; zeros where it leaves a choice. Throws std::runtime_error where the text is none.
+inline Plan parse_override(const std::string& variable, int most_tokens, bool tensor_cores, const char* text) {
+  Plan plan = {tensor_cores, 0, 0};
+  std::string rest = text != nullptr ? text : "";
+  if (rest.empty()) return plan;
   const auto next = [&rest] {
     const size_t end = std::min(rest.find(':'), rest.size());
     const std::string part = rest.substr(0, end);
     rest.erase(0, std::min(end + 1, rest.size()));
     return part;
   };
-  if (!rest.empty()) {
-    bool valid = false;
-    const std::string kernel = next();
-    if (kernel == "plain" || kernel == "sm80") {
-      plan.tensor_cores = kernel == "sm80";
-      valid = plan.tensor_cores || rest.empty();
-    }
-    while (valid && !rest.empty()) {
-      const std::string part = next();
-      const size_t equals = std::min(part.find('='), part.size());
-      const std::string name = part.substr(0, equals);
-      const int value = std::atoi(part.c_str() + std::min(equals + 1, part.size()));
-      if (name == "tokens") {
-        valid = value == 8 || value == 16 || value == 32 || value == 64;
-        plan.tiles = value / Sm80Tile::kTileTokens;
-      } else {
-        valid = name == "splits" && value >= 1 && value <= kMaxSplits;
-        plan.splits = value;
-      }
-    }
-    if (!valid) {
-      throw std::runtime_error("SLIDERQUANT_CUDA_WNA16: expected plain, or sm80 followed by any of "
-                               ":tokens=8|16|32|64 and :splits=1..64; got " + std::string(override_text));
+  bool valid = false;
+  const std::string kernel = next();
+  if (kernel == "plain" || kernel == "sm80") {
+    plan.tensor_cores = kernel == "sm80";
+    valid = plan.tensor_cores || rest.empty();
+  }
+  while (valid && !rest.empty()) {
+    const std::string part = next();
+    const size_t equals = std::min(part.find('='), part.size());
+    const std::string name = part.substr(0, equals);
+    const int value = std::atoi(part.c_str() + std::min(equals + 1, part.size()));
+    if (name == "tokens") {
+      valid = value >= 8 && value <= most_tokens && (value & (value - 1)) == 0;
+      plan.tokens = value;
+    } else {
+      valid = name == "splits" && value >= 1 && value <= kMaxSplits;
+      plan.splits = value;
     }
   }
-  if (!plan.tensor_cores) return {false, 0, 1};
-  const Sm80Tile tile = {bits, plan.tiles};
-  if (plan.splits == 0) plan.splits = choose_splits(tile, m, n, k, gpu);
-  plan.splits = static_cast<int>(std::min<int64_t>(plan.splits, tile.k_stages(k)));  // none may be empty
+  if (!valid) {
+    std::string tokens = "8";
+    for (int each = 16; each <= most_tokens; each *= 2) tokens.append("|").append(std::to_string(each));
+    throw std::runtime_error(variable + ": expected plain, or sm80 followed by any of :tokens=" + tokens +
+                             " and :splits=1.." + std::to_string(kMaxSplits) + "; got " + text);
+  }
   return plan;
+}
+
+// The splits of a plan where it leaves them open, and none of them empty.
+template <class Tile>
+Plan with_splits(Plan plan, const Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  if (plan.splits == 0) plan.splits = choose_splits(tile, m, n, k, gpu);
+  plan.splits = static_cast<int>(std::min<int64_t>(plan.splits, tile.k_stages(k)));
+  return plan;
+}
+
+constexpr int kWna16Tokens = 64, kIntegerTokens = 128;  // that a block takes at most
+
+inline Plan plan_wna16(int64_t m, int64_t n, int64_t k, int bits, const Gpu& gpu, const char* override_text) {
+  Plan plan = parse_override("SLIDERQUANT_CUDA_WNA16", kWna16Tokens, gpu.arch >= 80, override_text);
+  if (!plan.tensor_cores) return {false, 0, 1};
+  if (plan.tokens == 0) plan.tokens = least_tokens(m, kWna16Tokens);
+  return with_splits(plan, Sm80Tile{bits, plan.tokens / Sm80Tile::kTileTokens}, m, n, k, gpu);
+}
+
+// Few tokens: as few as hold them. Beyond, two sizes of blocks, whichever costs less.
+inline Plan plan_integer(int64_t m, int64_t n, int64_t k, int bits, const Gpu& gpu, const char* override_text) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (m > kMost || n > kMost) {
+    throw std::runtime_error("w4a4_gemm: expected at most " + std::to_string(kMost) +
+                             " tokens and output channels; got M=" + std::to_string(m) + ", N=" + std::to_string(n));
+  }
+  const Plan asked = parse_override("SLIDERQUANT_CUDA_INTEGER", kIntegerTokens, gpu.arch >= 80, override_text);
+  if (!asked.tensor_cores) return {false, 0, 1};
+  const auto of_tokens = [&](int tokens) {
+    return with_splits({true, tokens, asked.splits}, Sm80IntegerTile{bits, tokens}, m, n, k, gpu);
+  };
+  if (asked.tokens != 0) return of_tokens(asked.tokens);
+  const Plan few = of_tokens(least_tokens(m, Sm80IntegerTile::kFew));
+  if (m <= Sm80IntegerTile::kFew) return few;
+  const Plan many = of_tokens(kIntegerTokens);
+  const auto cost = [&](const Plan& plan) {
+    return split_cost(Sm80IntegerTile{bits, plan.tokens}, m, n, k, gpu, plan.splits);
+  };
+  return cost(many) <= cost(few) ? many : few;
 }
 
 }  // namespace sliderquant::cuda

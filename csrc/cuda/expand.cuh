@@ -1,16 +1,39 @@
-// Packed codes to pairs of 16-bit floats, exactly: code - zero, with nothing rounded.
+// Packed codes as the operand of a product: read out of a panel's chunk, and expanded to pairs of 16-bit floats or to
+// quads of bytes.
 //
-// A float whose mantissa's lowest bit counts 1 (1024 in fp16, 128 in bf16) takes a code into that bit's place by a
-// bitwise or, and a sum then removes the offset and the zero point at once. With a smaller exponent the same holds for
-// a place further up, so a code is used where it stands as long as the mantissa reaches there, and words are shifted
-// rarely: at most once (fp16) or twice (bf16) per word. Codes of 8 bits exceed the mantissa of bf16: they go through
-// fp32 in the same way, and code - zero, of 8 bits and a sign, survives dropping its lower half.
+// Pairs are code - zero, exactly, with nothing rounded. A float whose mantissa's lowest bit counts 1 (1024 in fp16, 128
+// in bf16) takes a code into that bit's place by a bitwise or, and a sum then removes the offset and the zero point at
+// once. With a smaller exponent the same holds for a place further up, so a code is used where it stands as long as the
+// mantissa reaches there, and words are shifted rarely: at most once (fp16) or twice (bf16) per word. Codes of 8 bits
+// exceed the mantissa of bf16: they go through fp32 in the same way, and code - zero, of 8 bits and a sign, survives
+// dropping its lower half.
 #pragma once
+
+#include <type_traits>
 
 #include "../layout.h"
 #include "ptx.cuh"
 
 namespace sliderquant::cuda {
+
+constexpr int kChunkBlocks = layout::gpu::kChunkCodes / layout::kBlockCodes;
+
+// Of the words that a lane owns of a panel's chunk in shared memory, the vectors whose first words belong to block b.
+template <int kBits>
+SLIDERQUANT_DEVICE void read_words(uint32_t (&words)[2][kBits], const char* w_sh_rd, int b) {
+  constexpr int kWidth = layout::gpu::vector_words(kBits), kVectors = 2 * kBits / kWidth;
+  constexpr int kEvery = kBits == 8 ? 1 : kBits == 4 ? 2 : kChunkBlocks;  // blocks
+  constexpr int kPerBlock = kVectors * kEvery / kChunkBlocks;
+  if (b % kEvery != 0) return;
+#pragma unroll
+  for (int i = 0; i < kPerBlock; ++i) {
+    const int vector = b / kEvery * kPerBlock + i;
+    using Vector = std::conditional_t<kWidth == 4, Vec4, Vec2>;
+    const auto held = *reinterpret_cast<const Vector*>(w_sh_rd + vector * kWarp * 4 * kWidth);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) words[e % 2][(vector * kWidth + e) / 2] = held.v[e];
+  }
+}
 
 template <int kBits, Float kType>
 struct Expand {
@@ -66,5 +89,19 @@ struct Expand {
     }
   }
 };
+
+// Codes 4 * index to 4 * index + 3 of the 32 that a lane owns of a row in a chunk, one per byte.
+template <int kBits>
+SLIDERQUANT_DEVICE uint32_t expand_quad(const uint32_t (&words)[kBits], int index) {
+  if constexpr (kBits == 3) {
+    constexpr int kOr = 0xEA;  // a & b | c
+    const uint32_t high = index < 2 ? words[2] << (2 - index) : words[2] >> (index - 2);
+    return ptx::lop3<kOr>(high, 0x04040404, words[index / 4] >> 2 * (index % 4) & 0x03030303);
+  } else {
+    constexpr int kQuads = 8 / kBits;  // of a word
+    constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x01010101u;
+    return words[index / kQuads] >> kBits * (index % kQuads) & kMask;
+  }
+}
 
 }  // namespace sliderquant::cuda

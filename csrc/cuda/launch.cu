@@ -9,6 +9,7 @@
 #include "launch.h"
 #include "quantize.cuh"
 #include "repack.cuh"
+#include "sm80_integer.cuh"
 #include "sm80_wna16.cuh"
 #include "wna16.cuh"
 
@@ -79,22 +80,23 @@ __global__ void __launch_bounds__(RepackKernel::kThreads) run_repack(const __gri
   RepackKernel::run(args, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-template <class Kernel>
+template <class Kernel, class Args, class Blocks>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
-    run_sm80(const __grid_constant__ Wna16 args, const __grid_constant__ Wna16Blocks blocks) {
+    run_sm80(const __grid_constant__ Args args, const __grid_constant__ Blocks blocks) {
   extern __shared__ __align__(128) char shared[];
   Kernel::run(args, blocks, blockIdx.x, static_cast<int>(threadIdx.x), shared);
 }
 
-__global__ void __launch_bounds__(Wna16Reduce::kThreads)
-    run_reduce(const __grid_constant__ Wna16 args, const __grid_constant__ Wna16Blocks blocks) {
-  Wna16Reduce::run(args, blocks, blockIdx.x, static_cast<int>(threadIdx.x));
+template <class Reduce, class Args, class Blocks>
+__global__ void __launch_bounds__(Reduce::kThreads)
+    run_reduce(const __grid_constant__ Args args, const __grid_constant__ Blocks blocks) {
+  Reduce::run(args, blocks, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-template <int kBits, Float kType, int kTiles>
-const char* launch_sm80(const Wna16& args, const Wna16Blocks& blocks, int device, uintptr_t stream) {
-  using Kernel = Sm80Wna16<kBits, kType, kTiles>;
+template <class Kernel, class Reduce, class Args, class Blocks>
+const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
   const auto on = reinterpret_cast<cudaStream_t>(stream);
+  const auto kernel = run_sm80<Kernel, Args, Blocks>;
   // More shared memory than by default has to be asked for, once per device.
   static std::atomic<uint64_t> asked{0};
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -102,7 +104,7 @@ const char* launch_sm80(const Wna16& args, const Wna16Blocks& blocks, int device
   const char* launched = launch_on(device, [&] {
     if ((asked.load() & bit) == 0) {
       const auto ask = [&](cudaFuncAttribute attribute, int value) {
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(run_sm80<Kernel>, attribute, value);
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
       };
       ask(cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
       ask(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
@@ -110,34 +112,44 @@ const char* launch_sm80(const Wna16& args, const Wna16Blocks& blocks, int device
       asked |= bit;
     }
     const auto grid = static_cast<unsigned>(Kernel::blocks(args, blocks.splits));
-    run_sm80<Kernel><<<grid, Kernel::kThreads, Kernel::kSharedBytes, on>>>(args, blocks);
+    kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, on>>>(args, blocks);
     if (blocks.splits > 1) {
-      const auto reducing = static_cast<unsigned>(Wna16Reduce::blocks(args));
-      run_reduce<<<reducing, Wna16Reduce::kThreads, 0, on>>>(args, blocks);
+      const auto reducing = static_cast<unsigned>(Reduce::blocks(args));
+      run_reduce<Reduce><<<reducing, Reduce::kThreads, 0, on>>>(args, blocks);
     }
   });
   return error == cudaSuccess ? launched : cudaGetErrorString(error);
 }
 
 template <int kBits, Float kType>
-const char* launch_sm80(const Wna16& args, const Wna16Plan& plan, const Wna16Blocks& blocks, int device,
-                        uintptr_t stream) {
-  switch (plan.tiles) {
-    case 1: return launch_sm80<kBits, kType, 1>(args, blocks, device, stream);
-    case 2: return launch_sm80<kBits, kType, 2>(args, blocks, device, stream);
-    case 4: return launch_sm80<kBits, kType, 4>(args, blocks, device, stream);
-    default: return launch_sm80<kBits, kType, 8>(args, blocks, device, stream);
+const char* launch_wna16(const Wna16& args, int tokens, const Wna16Blocks& blocks, int device, uintptr_t stream) {
+  switch (tokens) {
+    case 8: return launch_sm80<Sm80Wna16<kBits, kType, 1>, Wna16Reduce>(args, blocks, device, stream);
+    case 16: return launch_sm80<Sm80Wna16<kBits, kType, 2>, Wna16Reduce>(args, blocks, device, stream);
+    case 32: return launch_sm80<Sm80Wna16<kBits, kType, 4>, Wna16Reduce>(args, blocks, device, stream);
+    default: return launch_sm80<Sm80Wna16<kBits, kType, 8>, Wna16Reduce>(args, blocks, device, stream);
   }
 }
 
 template <Float kType>
-const char* launch_sm80(const Wna16& args, const Wna16Plan& plan, const Wna16Blocks& blocks, int device,
-                        uintptr_t stream) {
+const char* launch_wna16(const Wna16& args, int tokens, const Wna16Blocks& blocks, int device, uintptr_t stream) {
   switch (args.bits) {
-    case 2: return launch_sm80<2, kType>(args, plan, blocks, device, stream);
-    case 3: return launch_sm80<3, kType>(args, plan, blocks, device, stream);
-    case 4: return launch_sm80<4, kType>(args, plan, blocks, device, stream);
-    default: return launch_sm80<8, kType>(args, plan, blocks, device, stream);
+    case 2: return launch_wna16<2, kType>(args, tokens, blocks, device, stream);
+    case 3: return launch_wna16<3, kType>(args, tokens, blocks, device, stream);
+    case 4: return launch_wna16<4, kType>(args, tokens, blocks, device, stream);
+    default: return launch_wna16<8, kType>(args, tokens, blocks, device, stream);
+  }
+}
+
+template <int kBits>
+const char* launch_integer(const IntegerGemm& args, int tokens, const IntegerBlocks& blocks, int device,
+                           uintptr_t stream) {
+  switch (tokens) {
+    case 8: return launch_sm80<Sm80Integer<kBits, 8>, IntegerReduce>(args, blocks, device, stream);
+    case 16: return launch_sm80<Sm80Integer<kBits, 16>, IntegerReduce>(args, blocks, device, stream);
+    case 32: return launch_sm80<Sm80Integer<kBits, 32>, IntegerReduce>(args, blocks, device, stream);
+    case 64: return launch_sm80<Sm80Integer<kBits, 64>, IntegerReduce>(args, blocks, device, stream);
+    default: return launch_sm80<Sm80Integer<kBits, 128>, IntegerReduce>(args, blocks, device, stream);
   }
 }
 
@@ -162,30 +174,45 @@ std::vector<Gpu> all_gpus() {
   return gpus;
 }
 
-}  // namespace
-
-const char* wna16(const Wna16& args, const Wna16Plan& plan, float* workspace, int device, uintptr_t stream) {
-  if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
-  const Wna16Blocks blocks = {plan.splits, workspace};
-  return args.x_type == Float::kFp16 ? launch_sm80<Float::kFp16>(args, plan, blocks, device, stream)
-                                     : launch_sm80<Float::kBf16>(args, plan, blocks, device, stream);
-}
-
-Wna16Plan plan_wna16(const Wna16& args, int device) {
+const Gpu& gpu(int device) {
   static const std::vector<Gpu> gpus = all_gpus();
   if (device < 0 || device >= static_cast<int>(gpus.size())) {
     throw std::runtime_error("CUDA knows nothing of device " + std::to_string(device));
   }
-  return plan_wna16(args.m, args.n, args.k, args.bits, gpus[static_cast<size_t>(device)],
-                    std::getenv("SLIDERQUANT_CUDA_WNA16"));
+  return gpus[static_cast<size_t>(device)];
+}
+
+}  // namespace
+
+const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {
+  if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
+  const Wna16Blocks blocks = {plan.splits, workspace};
+  return args.x_type == Float::kFp16 ? launch_wna16<Float::kFp16>(args, plan.tokens, blocks, device, stream)
+                                     : launch_wna16<Float::kBf16>(args, plan.tokens, blocks, device, stream);
+}
+
+Plan plan(const Wna16& args, int device) {
+  return plan_wna16(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_WNA16"));
+}
+
+const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* workspace, int device,
+                         uintptr_t stream) {
+  if (!plan.tensor_cores) return launch<IntegerGemmKernel>(args, device, stream);
+  const IntegerBlocks blocks = {plan.splits, workspace};
+  switch (args.bits) {
+    case 2: return launch_integer<2>(args, plan.tokens, blocks, device, stream);
+    case 3: return launch_integer<3>(args, plan.tokens, blocks, device, stream);
+    case 4: return launch_integer<4>(args, plan.tokens, blocks, device, stream);
+    default: return launch_integer<8>(args, plan.tokens, blocks, device, stream);
+  }
+}
+
+Plan plan(const IntegerGemm& args, int device) {
+  return plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
 }
 
 const char* quantize(const Quantize& args, int device, uintptr_t stream) {
   return launch<QuantizeKernel>(args, device, stream);
-}
-
-const char* integer_gemm(const IntegerGemm& args, int device, uintptr_t stream) {
-  return launch<IntegerGemmKernel>(args, device, stream);
 }
 
 const char* repack(const Repack& args, int device, uintptr_t stream) {

@@ -162,7 +162,10 @@ SLIDERQUANT_DEVICE T load(const T* global) {
 }
 
 // What this grid does not read again.
-SLIDERQUANT_DEVICE float load_once(const float* global) { return __ldcs(global); }
+template <class T>
+SLIDERQUANT_DEVICE T load_once(const T* global) {
+  return __ldcs(global);
+}
 
 template <class T>
 SLIDERQUANT_DEVICE void store(T* global, T value) {
@@ -375,7 +378,10 @@ T load(const T* global) {
   return *global;
 }
 
-inline float load_once(const float* global) { return load(global); }
+template <class T>
+T load_once(const T* global) {
+  return load(global);
+}
 
 template <class T>
 void store(T* global, T value) {

@@ -16,8 +16,6 @@
 // b block of 32 k within a chunk, r panel of the warp, h half of its rows, j tile of tokens.
 #pragma once
 
-#include <type_traits>
-
 #include "../args.h"
 #include "../layout.h"
 #include "expand.cuh"
@@ -48,7 +46,6 @@ class Sm80Wna16 {
   static constexpr int kStageBytes = kTile.stage_bytes();
   static constexpr int kSumStride = kTile.sum_stride();
   static constexpr int kSharedBytes = kTile.shared_bytes();
-  static constexpr int kChunkBlocks = layout::gpu::kChunkCodes / layout::kBlockCodes;
   static constexpr int kPanelBytes = 4 * layout::gpu::chunk_words(kBits);  // of a chunk
   static constexpr int kWarpBytes = kPanels * kPanelBytes;
 
@@ -256,7 +253,7 @@ class Sm80Wna16 {
       uint32_t w[kPanels][2][4];
 #pragma unroll
       for (int r = 0; r < kPanels; ++r) {
-        read_words(words[r], w_sh_rd + r * kPanelBytes, b);
+        read_words<kBits>(words[r], w_sh_rd + r * kPanelBytes, b);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const int step = e / 4, h = e % 2, pair = 4 * b + e / 2;
@@ -273,22 +270,6 @@ class Sm80Wna16 {
         }
       }
       if (b == kChunkBlocks - 1 || (b & group_mask_) == group_mask_) add_group(scale[b]);
-    }
-  }
-
-  // The vectors of a lane whose first words belong to block b.
-  SLIDERQUANT_DEVICE static void read_words(uint32_t (&words)[2][kBits], const char* w_sh_rd, int b) {
-    constexpr int kWidth = layout::gpu::vector_words(kBits), kVectors = 2 * kBits / kWidth;
-    constexpr int kEvery = kBits == 8 ? 1 : kBits == 4 ? 2 : kChunkBlocks;  // blocks
-    constexpr int kPerBlock = kVectors * kEvery / kChunkBlocks;
-    if (b % kEvery != 0) return;
-#pragma unroll
-    for (int i = 0; i < kPerBlock; ++i) {
-      const int vector = b / kEvery * kPerBlock + i;
-      using Vector = std::conditional_t<kWidth == 4, Vec4, Vec2>;
-      const auto held = *reinterpret_cast<const Vector*>(w_sh_rd + vector * kWarp * 4 * kWidth);
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) words[e % 2][(vector * kWidth + e) / 2] = held.v[e];
     }
   }
 
