@@ -18,6 +18,7 @@
 #include "../layout.h"
 #include "expand.cuh"
 #include "ptx.cuh"
+#include "sm80_stages.cuh"
 #include "sm80_tile.h"
 
 namespace sliderquant::cuda {
@@ -112,17 +113,12 @@ class Sm80Integer {
         warp_n_(thread / kWarp % kWarpsN),
         warp_m_(thread / kWarp / kWarpsN % kWarpsM),
         warp_k_(thread / kWarp / (kWarpsN * kWarpsM)) {
-    // Blocks of the same weights follow each other, so that L2 serves all but the first.
-    const int m_tiles = static_cast<int>((a.m + kTokens - 1) / kTokens);
-    const int tile = static_cast<int>(block) / m_tiles;
-    const int chunks = static_cast<int>((a.k + layout::gpu::kChunkCodes - 1) / layout::gpu::kChunkCodes);
-    const int stages = (chunks + kStageChunks - 1) / kStageChunks;
-    m0_ = static_cast<int>(block) % m_tiles * kTokens;
-    n0_ = tile / blocks.splits * kRows;
-    split_ = tile % blocks.splits;
-    const int begin = stages * split_ / blocks.splits;
-    stages_ = stages * (split_ + 1) / blocks.splits - begin;
-    const int chunk0 = begin * kStageChunks;
+    const BlockShare share = block_share<Sm80Integer>(a.m, a.k, blocks.splits, block);
+    const int chunks = share.chunks, chunk0 = share.chunk0;
+    m0_ = share.m0;
+    n0_ = share.n0;
+    split_ = share.split;
+    stages_ = share.stages;
 
     const int copier = thread / 16;
     const int panel = n0_ / layout::gpu::kPanelRows + copier / kStageChunks;
@@ -131,7 +127,7 @@ class Sm80Integer {
     w_next_panel_ = static_cast<int64_t>(chunks) * kPanelBytes;
     panels_ = static_cast<int>(layout::gpu::panels(a.n)) - panel;
     w_chunks_ = chunks - chunk0 - copier % kStageChunks;
-    w_policy_ = m_tiles == 1 ? ptx::evict_first() : ptx::evict_normal();
+    w_policy_ = share.reads_alone ? ptx::evict_first() : ptx::evict_normal();
 
     const int row = thread / 8, token = m0_ + row % kTokens;
     const int k = (chunk0 + row / kTokens) * layout::gpu::kChunkCodes + thread % 8 * 16;
@@ -144,25 +140,11 @@ class Sm80Integer {
   }
 
   SLIDERQUANT_DEVICE void multiply() {
-#pragma unroll 1
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (stage < stages_) copy_stage(stage * kStageBytes);
-      ptx::cp_async_commit();
-    }
-    int slot = 0;  // where the stage begins in shared memory
-#pragma unroll 1
-    for (int stage = 0; stage < stages_; ++stage) {
-      ptx::cp_async_wait<kStages - 2>();
-      // Also: all warps have left the slot that the next copies fill.
-      ptx::sync_threads();
-      if (stage + kStages - 1 < stages_) copy_stage(slot == 0 ? (kStages - 1) * kStageBytes : slot - kStageBytes);
-      ptx::cp_async_commit();
+    const auto compute_stage = [this](int slot) {
 #pragma unroll 1
       for (int i = 0; i < kTile.chunks(); ++i) compute(slot, i * kWarpsK + warp_k_);
-      slot = slot == (kStages - 1) * kStageBytes ? 0 : slot + kStageBytes;
-    }
-    ptx::cp_async_wait<0>();
-    ptx::sync_threads();
+    };
+    run_stages<kStages, kStageBytes>(stages_, [this](int slot) { copy_stage(slot); }, compute_stage);
   }
 
   // Each call copies the next stage.

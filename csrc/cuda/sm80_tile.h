@@ -52,9 +52,9 @@ struct Sm80Tile {
   }
 
   // How often a matrix is cut along each of its sizes.
-  constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
-  constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
-  constexpr int64_t k_stages(int64_t k) const {
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t k_stages(int64_t k) const {
     return (layout::gpu::chunks(k) + stage_chunks() - 1) / stage_chunks();
   }
 };
@@ -115,9 +115,9 @@ struct Sm80IntegerTile {
   }
 
   // How often a matrix is cut along each of its sizes.
-  constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
-  constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
-  constexpr int64_t k_stages(int64_t k) const {
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t k_stages(int64_t k) const {
     return (layout::gpu::chunks(k) + stage_chunks() - 1) / stage_chunks();
   }
 };

@@ -20,6 +20,7 @@
 #include "../layout.h"
 #include "expand.cuh"
 #include "ptx.cuh"
+#include "sm80_stages.cuh"
 #include "sm80_tile.h"
 
 namespace sliderquant::cuda {
@@ -83,17 +84,12 @@ class Sm80Wna16 {
         lane_(thread % kWarp),
         warp_n_(thread / kWarp % kWarpsN),
         warp_k_(thread / kWarp / kWarpsN) {
-    // Blocks of the same weights follow each other, so that L2 serves all but the first.
-    const int m_tiles = static_cast<int>((a.m + kTokens - 1) / kTokens);
-    const int tile = static_cast<int>(block) / m_tiles;
-    const int chunks = static_cast<int>((a.k + layout::gpu::kChunkCodes - 1) / layout::gpu::kChunkCodes);
-    const int stages = (chunks + kTile.stage_chunks() - 1) / kTile.stage_chunks();
-    m0_ = static_cast<int>(block) % m_tiles * kTokens;
-    n0_ = tile / blocks.splits * kRows;
-    split_ = tile % blocks.splits;
-    const int begin = stages * split_ / blocks.splits;
-    stages_ = stages * (split_ + 1) / blocks.splits - begin;
-    const int chunk0 = begin * kTile.stage_chunks();
+    const BlockShare share = block_share<Sm80Wna16>(a.m, a.k, blocks.splits, block);
+    const int chunks = share.chunks, chunk0 = share.chunk0;
+    m0_ = share.m0;
+    n0_ = share.n0;
+    split_ = share.split;
+    stages_ = share.stages;
 
     const int panel = n0_ / layout::gpu::kPanelRows + warp_n_ * kPanels;
     panels_ = static_cast<int>(layout::gpu::panels(a.n)) - panel;
@@ -101,7 +97,7 @@ class Sm80Wna16 {
     const int64_t w_chunk = static_cast<int64_t>(panel) * chunks + chunk0 + warp_k_;
     w_gl_ = reinterpret_cast<const char*>(a.w) + w_chunk * kPanelBytes + 16 * lane_;
     w_next_panel_ = static_cast<int64_t>(chunks) * kPanelBytes;
-    w_policy_ = m_tiles == 1 ? ptx::evict_first() : ptx::evict_normal();
+    w_policy_ = share.reads_alone ? ptx::evict_first() : ptx::evict_normal();
 
     // The tokens' operand stands in shared memory as the lanes will read it, so that neither side meets bank conflicts:
     // chunk, block, tile, lane. So a thread always copies of the same token, the same run within 32 k.
@@ -124,25 +120,11 @@ class Sm80Wna16 {
 
   SLIDERQUANT_DEVICE void multiply() {
     fetch_scales();
-#pragma unroll 1
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (stage < stages_) copy_stage(stage * kStageBytes);
-      ptx::cp_async_commit();
-    }
-    int slot = 0;  // where the stage begins in shared memory
-#pragma unroll 1
-    for (int stage = 0; stage < stages_; ++stage) {
-      ptx::cp_async_wait<kStages - 2>();
-      // Also: all warps have left the slot that the next copies fill.
-      ptx::sync_threads();
-      if (stage + kStages - 1 < stages_) copy_stage(slot == 0 ? (kStages - 1) * kStageBytes : slot - kStageBytes);
-      ptx::cp_async_commit();
+    const auto compute_stage = [this](int slot) {
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i) compute(slot, i);
-      slot = slot == (kStages - 1) * kStageBytes ? 0 : slot + kStageBytes;
-    }
-    ptx::cp_async_wait<0>();
-    ptx::sync_threads();
+    };
+    run_stages<kStages, kStageBytes>(stages_, [this](int slot) { copy_stage(slot); }, compute_stage);
   }
 
   // Where the weights of this warp's chunk i begin, and the tokens of that chunk.
