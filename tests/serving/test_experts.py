@@ -7,15 +7,9 @@ import os
 import pytest
 import torch
 
-from benchmarks.cells import Silent
-from calibrate.evaluate import perplexity
-from calibrate.export import export
-from calibrate.methods import compose
-from calibrate.model import Model
-from calibrate.pipeline import calibrate
 from sliderquant_vllm.format import ActivationScheme, OnlineHadamard, Override, WeightScheme
 from tests.helpers import write_dequantized, write_random_model, write_rtn_checkpoint
-from tests.serving.engine import WINDOW, Score, score, windows
+from tests.serving.engine import Score, score
 
 CORES = sorted(os.sched_getaffinity(0))
 # Routers stay in 16 bits, as `calibrate` leaves them.
@@ -122,28 +116,3 @@ def test_weight_only_served_with_int8_activations(in_engine, tmp_path):
     options = {"sliderquant": {"int8_activations": True}}
     found = in_engine(score, weight_only, additional_config=options)
     assert found.logprobs.equal(in_engine(score, quantized).logprobs)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("qwen3_moe", {"weights": WeightScheme(4, 32), "method": "rtn"}),
-        ("mixtral", {"weights": WeightScheme(3), "method": "gptq"}),
-        ("qwen2_moe", {"weights": WeightScheme(4), "activations": ActivationScheme(8), "preset": "fast"}),
-    ],
-    ids=["qwen3_moe-rtn", "mixtral-gptq", "qwen2_moe-W4A8"],
-)
-def test_served_as_calibrated(in_engine, tmp_path, family, settings):
-    source = write_random_model(tmp_path / "parent", family, tied=False)
-    model = Model(source, compose(nsamples=8, seqlen=64, **settings), torch.device("cpu"))
-    stream = torch.tensor(windows(source)).flatten()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        calibrated = calibrate(model, stream[:512].view(8, 64), Silent())
-        expected = perplexity(model, stream, WINDOW, calibrated)
-    finally:
-        torch.set_num_threads(threads)
-    export(model, calibrated, tmp_path / "quantized", False, {"model": str(source), "data_sha256": ""})
-    served = in_engine(score, tmp_path / "quantized", dtype="float16")
-    assert served.perplexity == pytest.approx(expected, rel=1e-2)
