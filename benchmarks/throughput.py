@@ -30,6 +30,7 @@ from sliderquant_vllm.format import QUANT_METHOD, FormatError
 from sliderquant_vllm.shards import read_json
 
 PHASES = ("prefill", "decode")
+WIDTH = 200
 SETTINGS = (
     *("dtype", "batch_sizes", "input_len", "output_len", "repeats"),
     *("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"),
@@ -182,7 +183,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     models = find_models(arguments.model, arguments.baseline)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(soft_wrap=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)  # a file has room for the table of many models
     job = {name: getattr(arguments, name) for name in SETTINGS}
     rates: dict[str, dict[str, dict[str, list[float]]]] = {label: {} for label in models}
     for turn in range(arguments.rounds):
@@ -206,7 +209,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     path = arguments.output_dir / "throughput.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(table(medians), soft_wrap=True)
+    console.print(table(medians))
     if arguments.plot:
         plot(medians, arguments.output_dir / "throughput.png")
     console.print(f"written to {arguments.output_dir}", highlight=False)

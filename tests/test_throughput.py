@@ -95,6 +95,18 @@ def test_models_take_turns_and_medians_are_reported(quantized, tmp_path, monkeyp
     assert "4.50x" in capsys.readouterr().out
 
 
+def test_the_table_of_many_models_is_whole_in_a_file(quantized, tmp_path, monkeypatch, capsys):
+    others = [str(shutil.copytree(quantized, tmp_path / f"other-{number}")) for number in range(4)]
+    rates = {"1": {"prefill": [1234.5], "decode": [67.8]}}
+    monkeypatch.setattr(throughput, "measure_apart", lambda job, log: rates)
+    monkeypatch.setattr(throughput, "machine", dict)
+    flags = ["--model", str(quantized), *others, "--output-dir", str(tmp_path / "out"), "--no-plot"]
+    assert throughput.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert printed.count("1,234.5") == 6
+
+
 @pytest.fixture
 def engine_clock(monkeypatch):
     """vLLM replaced by a clock: ``engine_clock(seconds of each generation)`` gives what ``measure`` returns."""
