@@ -23,11 +23,7 @@
 
 namespace sliderquant::cuda {
 
-// How one product is shared out over blocks.
-struct IntegerBlocks {
-  int splits;         // of K
-  uint32_t* partial;  // [splits, m, n], null for one split
-};
+using IntegerBlocks = Splits<uint32_t>;
 
 SLIDERQUANT_DEVICE IntegerToken integer_token(const IntegerGemm& a, int64_t m) {
   return {ptx::load(a.sa + m), static_cast<uint32_t>(ptx::load(a.za + m)),
@@ -274,9 +270,7 @@ struct IntegerReduce {
   SLIDERQUANT_DEVICE static void run(const IntegerGemm& a, const IntegerBlocks& blocks, int64_t block, int thread) {
     const int64_t at = block * kThreads + thread, size = a.m * a.n;
     if (at >= size) return;
-    uint32_t sum = 0;
-#pragma unroll 4
-    for (int split = 0; split < blocks.splits; ++split) sum += ptx::load_once(blocks.partial + split * size + at);
+    const uint32_t sum = sum_of_splits(blocks, size, at);
     const int64_t m = at / a.n, n = at % a.n;
     store_output(a, at, integer_output(integer_token(a, m), integer_channel(a, n), a.k, a.bias != nullptr, sum));
   }

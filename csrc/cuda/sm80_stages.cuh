@@ -1,4 +1,5 @@
-// What the kernels for tensor cores have in common: which part of a product a block makes, and copies in flight.
+// What the kernels for tensor cores have in common: which part of a product a block makes, copies in
+// flight, and the sums of blocks that share K.
 #pragma once
 
 #include "../layout.h"
@@ -12,6 +13,22 @@ struct BlockShare {
   int chunks;        // of the whole K
   bool reads_alone;  // its weights: no other block has tokens for them
 };
+
+// How many blocks share the K of the same outputs, and where their sums meet.
+template <class Sum>
+struct Splits {
+  int splits;
+  Sum* partial;  // [splits, m, n], null for one split
+};
+
+// Of one of the `size` outputs, in the order of K.
+template <class Sum>
+SLIDERQUANT_DEVICE Sum sum_of_splits(const Splits<Sum>& blocks, int64_t size, int64_t at) {
+  Sum sum = 0;
+#pragma unroll 4
+  for (int split = 0; split < blocks.splits; ++split) sum += ptx::load_once(blocks.partial + split * size + at);
+  return sum;
+}
 
 // Blocks of the same weights follow each other, so that L2 serves all but the first.
 template <class Kernel>

@@ -25,11 +25,7 @@
 
 namespace sliderquant::cuda {
 
-// How one product is shared out over blocks.
-struct Wna16Blocks {
-  int splits;      // of K
-  float* partial;  // [splits, m, n], null for one split
-};
+using Wna16Blocks = Splits<float>;
 
 template <int kBits, Float kType, int kTiles>
 class Sm80Wna16 {
@@ -336,9 +332,7 @@ struct Wna16Reduce {
   SLIDERQUANT_DEVICE static void run(const Wna16& a, const Wna16Blocks& blocks, int64_t block, int thread) {
     const int64_t at = block * kThreads + thread, size = a.m * a.n;
     if (at >= size) return;
-    float y = 0;
-#pragma unroll 4
-    for (int split = 0; split < blocks.splits; ++split) y += ptx::load_once(blocks.partial + split * size + at);
+    float y = sum_of_splits(blocks, size, at);
     if (a.bias != nullptr) y += ptx::load(a.bias + at % a.n);
     ptx::store(a.y + at, a.x_type == Float::kFp16 ? float_to_fp16(y) : float_to_bf16(y));
   }
