@@ -14,7 +14,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "args.h"
 #include "cpu/api.h"
@@ -70,20 +69,31 @@ std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
+// Sizes of a tensor, without an allocation: every call of an op checks several.
+struct Shape {
+  int64_t sizes[5] = {};
+  size_t count = 0;
+
+  Shape(std::initializer_list<int64_t> list) { append(list); }
+  void append(std::initializer_list<int64_t> list) {
+    for (const int64_t size : list) sizes[count++] = size;
+  }
+};
+
 struct Expectation {
   const char* op;
   std::string context;  // the values that the expected shapes follow from
   const Tensor& like;   // its device
-  std::vector<int64_t> experts = {};  // how many, where there is more than one weight
+  std::optional<int64_t> experts = std::nullopt;  // how many, where there is more than one weight
 };
 
 // Contiguous, of this dtype and shape, on the same device.
 void check(const Expectation& e, const char* name, const Tensor& tensor, ScalarType type,
-           const std::vector<int64_t>& shape) {
+           const Shape& shape) {
   const auto sizes = tensor.sizes();
-  const bool same_shape = sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+  const bool same_shape = sizes.size() == shape.count && std::equal(sizes.begin(), sizes.end(), shape.sizes);
   if (!same_shape || tensor.scalar_type() != type || tensor.device() != e.like.device()) {
-    fail(e.op, name, ": expected ", dtype_text(type), ' ', shape_text(shape.data(), shape.size()), e.context,
+    fail(e.op, name, ": expected ", dtype_text(type), ' ', shape_text(shape.sizes, shape.count), e.context,
          " on the device of the input; got ", describe(tensor));
   }
   if (!tensor.is_contiguous()) fail(e.op, name, ": expected a contiguous tensor; call .contiguous() on it");
@@ -91,9 +101,11 @@ void check(const Expectation& e, const char* name, const Tensor& tensor, ScalarT
 
 // The same of something that every weight has.
 void check_each(const Expectation& e, const char* name, const Tensor& tensor, ScalarType type,
-                std::vector<int64_t> shape) {
-  shape.insert(shape.begin(), e.experts.begin(), e.experts.end());
-  check(e, name, tensor, type, shape);
+                std::initializer_list<int64_t> shape) {
+  Shape whole = {};
+  if (e.experts.has_value()) whole.append({*e.experts});
+  whole.append(shape);
+  check(e, name, tensor, type, whole);
 }
 
 Float float_type(const char* op, const char* name, ScalarType type, bool allow_fp32) {
@@ -146,8 +158,8 @@ const T* data(const Optional& tensor) {
 
 // Where the tokens of each expert begin, and where those of the last one end.
 sliderquant::Experts check_offsets(const Expectation& e, const Tensor& offsets, int64_t m) {
-  check(e, "offsets", offsets, ScalarType::Int, {e.experts[0] + 1});
-  const sliderquant::Experts experts = {data<int32_t>(offsets), e.experts[0]};
+  check(e, "offsets", offsets, ScalarType::Int, {*e.experts + 1});
+  const sliderquant::Experts experts = {data<int32_t>(offsets), *e.experts};
   for (int64_t i = 0; i <= experts.count; ++i) {
     const int32_t at = experts.offsets[i], least = i > 0 ? experts.offsets[i - 1] : 0;
     if (at < least || at > (i > 0 ? m : 0)) {
@@ -264,7 +276,7 @@ Tensor wna16(const char* op, const Tensor* offsets, const Tensor& x, const Tenso
   const Expectation e = {op,
                          " for bits=" + std::to_string(bits) + ", group_size=" + std::to_string(group_size) +
                              ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
-                         x, grouped ? std::vector<int64_t>{scale.size(0)} : std::vector<int64_t>{}};
+                         x, grouped ? std::optional(scale.size(0)) : std::nullopt};
   check_each(e, "scale", scale, ScalarType::Float, {groups, n});
   check_weight(e, w_packed, static_cast<int>(bits), n, k, false);
   if (zero.has_value()) check_each(e, "zero", *zero, ScalarType::Byte, {groups, n});
@@ -373,7 +385,7 @@ Tensor w4a4(const char* op, const Tensor* offsets, const Tensor& codes, const Te
   const Expectation e = {op,
                          " for weight_bits=" + std::to_string(weight_bits) + ", M=" + std::to_string(m) +
                              ", N=" + std::to_string(n) + ", K=" + std::to_string(k),
-                         codes, grouped ? std::vector<int64_t>{sw.size(0)} : std::vector<int64_t>{}};
+                         codes, grouped ? std::optional(sw.size(0)) : std::nullopt};
   check(e, "codes", codes, ScalarType::Byte, {m, k});
   check(e, "sa", sa, ScalarType::Float, {m});
   check(e, "za", za, ScalarType::Int, {m});
