@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrate import parallel
 from calibrate.activations import Place
-from calibrate.blocks import run_in_place
+from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.errors import UserError
 from calibrate.memory import host_memory, learning_bytes
 from calibrate.model import Model
@@ -23,6 +26,9 @@ from calibrate.store import Store
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
+# What was learned so far is kept this often, and more rarely where keeping it would take a larger share of the time.
+KEEP_SECONDS, KEEP_SHARE = 60.0, 0.05
+TUNING = "tuning"  # its name in the store
 
 
 def check_memory(model: Model) -> None:
@@ -49,13 +55,22 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @rough_gradients()
-def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float], None]) -> None:
+def tune(
+    model: Model,
+    store: Store,
+    samples: Tensor,
+    on_step: Callable[[float], None],
+    done: int = 0,
+    commit: Callable[[int], None] = lambda done: None,
+) -> None:
     """Replace the states of all blocks by tuned ones.
 
     Args:
         store: has the states as windows left them.
         samples: int64 [nsamples, seqlen].
         on_step: called with the loss of every step, in nats per token.
+        done: steps that the store knows the outcome of; the tuning goes on behind them.
+        commit: called with that number whenever the store was given the outcome.
 
     A loss that is not finite ends the tuning with a warning and leaves the states as they were.
     """
@@ -87,28 +102,55 @@ def tune(model: Model, store: Store, samples: Tensor, on_step: Callable[[float],
         return error.item()
 
     groups = parameter_groups(blocks, recipe, recipe.lr_end_to_end)
-    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    if done:
+        _load(blocks, optimizer, store.tensors(TUNING))
     steps = recipe.end_to_end_epochs * -(-len(samples) // recipe.batch_size)
     warmup = max(steps * WARMUP, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1, (done + 1) / warmup) * (1 - done / steps)
+        optimizer, lambda here: min(1, (done + here + 1) / warmup) * (1 - (done + here) / steps)
     )
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + 99_991)
-    for _ in range(recipe.end_to_end_epochs):
-        for numbers, size in share.shuffled(generator):
-            errors = (backward(slice(number, number + 1), size) for number in numbers)
-            loss = take_step(blocks, 1.0, errors, optimizer)
-            if not math.isfinite(loss):
-                logger.warning(
-                    "end to end: the loss became non-finite; keeping what the windows gave; "
-                    "a smaller --lr_end_to_end may help"
-                )
-                return
-            schedule.step()
-            on_step(loss)
-    if any(not torch.isfinite(value).all() for value in parameters):
+    epochs = (share.shuffled(generator) for _ in range(recipe.end_to_end_epochs))
+    batches = itertools.chain.from_iterable(epochs)
+    due = time.monotonic() + KEEP_SECONDS
+    for step, (numbers, size) in enumerate(itertools.islice(batches, done, None), done + 1):
+        errors = (backward(slice(number, number + 1), size) for number in numbers)
+        loss = take_step(blocks, 1.0, errors, optimizer)
+        if not math.isfinite(loss):
+            logger.warning(
+                "end to end: the loss became non-finite; keeping what the windows gave; "
+                "a smaller --lr_end_to_end may help"
+            )
+            return
+        schedule.step()
+        on_step(loss)
+        if store.survives and parallel.from_first(time.monotonic() >= due):
+            started = time.monotonic()
+            store.put_tensors(TUNING, dict(_tuned(blocks, optimizer)))
+            commit(step)
+            due = time.monotonic() + max(KEEP_SECONDS, (time.monotonic() - started) / KEEP_SHARE)
+    if any(not torch.isfinite(value).all() for block in blocks for _, value in block.learned()):
         logger.warning("end to end: the last step gave values that are not finite; keeping what the windows gave")
         return
     for index, block in enumerate(blocks):
         store.put_state(index, block.state())
+
+
+def _tuned(blocks: list[CalibrationBlock], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """All that steps change: name and value of what is learned, and of what the optimizer knows about it."""
+    for index, block in enumerate(blocks):
+        for name, parameter in block.learned():
+            yield f"{index}.{name}", parameter.detach()
+            for kind, value in optimizer.state[parameter].items():
+                yield f"{index}.{name}.{kind}", value
+
+
+@torch.no_grad()
+def _load(blocks: list[CalibrationBlock], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give back what ``_tuned`` gave."""
+    for index, block in enumerate(blocks):
+        for name, parameter in block.learned():
+            parameter.copy_(tensors[f"{index}.{name}"])
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[parameter][kind] = tensors[f"{index}.{name}.{kind}"].to(parameter.device)

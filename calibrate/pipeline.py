@@ -13,7 +13,7 @@ from calibrate import parallel
 from calibrate.activations import Activations, Place
 from calibrate.allocation import allocate, sensitivities
 from calibrate.blocks import CalibrationBlock, run_in_place
-from calibrate.end_to_end import check_memory, tune
+from calibrate.end_to_end import TUNING, check_memory, tune
 from calibrate.experts import counting
 from calibrate.model import Model
 from calibrate.parallel import Share
@@ -28,7 +28,7 @@ SENSITIVITY_TOKENS = 8192
 class Progress(Protocol):
     """Where the pipeline reports to. A step counts as ``size`` blocks of one batch."""
 
-    def resume(self, finished: list[Pass]) -> None: ...
+    def resume(self, finished: list[Pass], tuning_steps: int) -> None: ...
     def window(self, number: int, total: int, window: Window, ratio: float, steps: int) -> None: ...
     def phase(self, title: str, steps: int, size: int) -> None: ...
     def step(self, loss: float) -> None: ...
@@ -171,12 +171,13 @@ class _Sweep:
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come: passes done of a sweep, after all those before it."""
+    """How far a run has come: passes done of a sweep, after all those before it; then steps of the tuning."""
 
     sweep: int = 0
     passes: int = 0
     bits: dict[str, int] = field(default_factory=dict)
     results: list[tuple[Pass, WindowResult]] = field(default_factory=list)
+    tuning_steps: int = 0
     tuned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +187,7 @@ class Position:
             "passes": self.passes,
             "bits": self.bits,
             "losses": losses,
+            "tuning_steps": self.tuning_steps,
             "tuned": self.tuned,
         }
 
@@ -196,7 +198,7 @@ class Position:
             return cls()
         learning = [each for sweep in sweeps for each in sweep if each.epochs]
         results = [(each, WindowResult(*losses)) for each, losses in zip(learning, stored["losses"], strict=False)]
-        return cls(stored["sweep"], stored["passes"], stored["bits"], results, stored["tuned"])
+        return cls(**{name: value for name, value in stored.items() if name != "losses"}, results=results)
 
 
 def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
@@ -237,7 +239,8 @@ def calibrate(
     calibrated.results = at.results
     model.bits = at.bits
     finished = [len(sweep) for sweep in sweeps[: at.sweep]] + [at.passes]
-    progress.resume([each for sweep, count in zip(sweeps, finished, strict=False) for each in sweep[:count]])
+    passed = [each for sweep, count in zip(sweeps, finished, strict=False) for each in sweep[:count]]
+    progress.resume(passed, at.tuning_steps)
     if recipe.average_bits is not None and not model.bits:
         choose_bits(model, samples, progress)
         model.bits = parallel.from_first(model.bits)
@@ -286,10 +289,15 @@ def calibrate(
             for index, block in enumerate(sweep.blocks, sweep.first):
                 leave(index, block)
     if recipe.tunes and not at.tuned:
-        progress.phase("end to end", recipe.end_to_end_epochs * batches, model.blocks)
-        tune(model, store, samples, progress.step)
+
+        def commit(steps: int, tuned: bool = False) -> None:
+            store.commit(Position(len(sweeps), 0, model.bits, at.results, steps, tuned).to_dict())
+
+        progress.phase("end to end", recipe.end_to_end_epochs * batches - at.tuning_steps, model.blocks)
+        tune(model, store, samples, progress.step, at.tuning_steps, commit)
         progress.phase_done()
-        store.commit(Position(len(sweeps), 0, model.bits, at.results, tuned=True).to_dict())
+        store.drop_tensors(TUNING)
+        commit(recipe.end_to_end_epochs * batches, tuned=True)
     if on_finished is not None and (recipe.tunes or not sweeps):
         for index in range(model.blocks):
             hand_over(index, calibrated.finished_block(model, index))

@@ -60,8 +60,8 @@ class RunProgress:
     def __exit__(self, *exception) -> None:
         self.bar.stop()
 
-    def resume(self, finished: list[Pass]) -> None:
-        self.done = self.resumed = self._work(finished)
+    def resume(self, finished: list[Pass], tuning_steps: int) -> None:
+        self.done = self.resumed = self._work(finished) + tuning_steps * self.blocks
         self.bar.update(self.task, completed=self.done)
 
     def phase(self, title: str, steps: int, size: int) -> None:

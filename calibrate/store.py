@@ -29,6 +29,8 @@ SAMPLED_VALUES = 64  # of every tensor, in a fingerprint of the weights
 class Store:
     """States of the blocks by their index, in memory; nothing survives the process."""
 
+    survives = False
+
     def __init__(self):
         self.states: dict[int, State] = {}
         self.position: dict[str, Any] | None = None
@@ -45,6 +47,15 @@ class Store:
 
     def load_stream(self, name: str, into: Activations) -> None:
         raise KeyError(name)
+
+    def tensors(self, name: str) -> State:
+        raise KeyError(name)
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep whatever else going on after a commit takes."""
+
+    def drop_tensors(self, name: str) -> None:
+        """Forget them, if there are any."""
 
     def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
         """Forget a block that is written already, but for the tensors of some names; in memory it stays."""
@@ -73,6 +84,8 @@ class RunDirectory(Store):
     Raises:
         UserError: another process is at work on this output, or an unfinished run had another fingerprint.
     """
+
+    survives = True
 
     def __init__(self, output_dir: Path, fingerprint: Mapping[str, Any], restart: bool):
         super().__init__()
@@ -131,14 +144,23 @@ class RunDirectory(Store):
         return self.folder / self.files[name]
 
     def state(self, index: int) -> State | None:
-        file = self.files.get(f"block-{index}")
-        return None if file is None else load_file(self.folder / file)
+        name = f"block-{index}"
+        return self.tensors(name) if name in self.files else None
 
     def put_state(self, index: int, state: Mapping[str, Tensor]) -> None:
-        path = self._new_file(f"block-{index}")
+        self.put_tensors(f"block-{index}", state)
+
+    def tensors(self, name: str) -> State:
+        return load_file(self.folder / self.files[name])
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        path = self._new_file(name)
         if self._leads:
-            write_shard(path, state)
+            write_shard(path, tensors)
         parallel.wait()
+
+    def drop_tensors(self, name: str) -> None:
+        self.files.pop(name, None)
 
     def put_stream(self, name: str, activations: Activations) -> None:
         for number in range(parallel.world()):
@@ -152,7 +174,7 @@ class RunDirectory(Store):
 
     def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
         state = self.state(index) if keep else None
-        self.files.pop(f"block-{index}", None)
+        self.drop_tensors(f"block-{index}")
         if kept := {name: value for name, value in (state or {}).items() if name.rpartition(".")[2] in keep}:
             self.put_state(index, kept)
 

@@ -10,7 +10,7 @@ from calibrate.errors import UserError
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
-from calibrate.store import Store
+from calibrate.store import Store, run_directory
 from sliderquant_vllm.format import WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.calibrate.test_pipeline import Losses
@@ -47,6 +47,33 @@ def test_a_diverging_tuning_keeps_what_it_was_given(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         tune(model, store, SAMPLES, lambda loss: None)
     assert not store.states and "--lr_end_to_end" in caplog.text
+
+
+def test_a_tuning_that_dies_goes_on_behind_the_last_step_it_kept(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    class Dying(Losses):
+        def step(self, loss):
+            super().step(loss)
+            if sum(not math.isnan(each) for each in self.steps) == 6:
+                raise Killed
+
+    monkeypatch.setattr(end_to_end, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(end_to_end, "KEEP_SHARE", math.inf)
+    model = small_model(tmp_path, learn_norms=True)
+    whole, died, resumed = Losses(), Dying(), Losses()
+    expected = calibrate(model, SAMPLES, whole).states
+    with pytest.raises(Killed), run_directory(tmp_path / "out", {}, restart=False) as run:
+        calibrate(model, SAMPLES, died, run)
+    with run_directory(tmp_path / "out", {}, restart=False) as run:
+        assert run.position["tuning_steps"] == 5 and not run.position["tuned"]
+        calibrate(model, SAMPLES, resumed, run)
+        assert resumed.resumed == (3, 5) and resumed.steps == whole.steps[-3:]
+        for index, state in expected.items():
+            kept = run.state(index)
+            assert all(torch.equal(value, kept[name]) for name, value in state.items())
+        assert not list(run.folder.glob("tuning*"))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):

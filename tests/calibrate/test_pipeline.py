@@ -28,8 +28,8 @@ class Losses:
     def __init__(self):
         self.windows, self.steps, self.results = [], [], []
 
-    def resume(self, finished):
-        assert not finished
+    def resume(self, finished, tuning_steps):
+        self.resumed = (len(finished), tuning_steps)
 
     def window(self, number, total, window, ratio, steps):
         self.windows.append((number, total, str(window), ratio, steps))

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -56,11 +57,19 @@ def test_time_left_is_of_the_whole_run_and_in_the_log(tmp_path, clock):
 def test_what_another_process_did_takes_no_time(tmp_path, clock):
     progress, _ = shown(tmp_path)
     first, second, *_ = passes(RECIPE, 4)[0]
-    progress.resume([first])
+    progress.resume([first], 0)
     assert math.isnan(progress.remaining)
     run_window(progress, clock, 2, second.window)
     size = second.window.last - second.window.first + 1
     assert progress.remaining == pytest.approx(8 * (progress.work - 4 - 4 * size) / (4 * size))
+
+
+def test_steps_of_the_tuning_that_another_process_did_count(tmp_path, clock):
+    recipe = replace(RECIPE, end_to_end_epochs=2)
+    progress, _ = shown(tmp_path, recipe=recipe)
+    everything = [each for sweep in passes(recipe, 4) for each in sweep]
+    progress.resume(everything, 3)
+    assert progress.work - progress.done == (2 * progress.batches - 3) * 4
 
 
 def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, clock):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from calibrate import end_to_end
 from calibrate.cli import main
 from calibrate.store import differences
 from sliderquant_vllm.checkpoint import validate_checkpoint
@@ -74,7 +75,8 @@ def shards(directory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_ends_in_the_same_bytes(tmp_path, command, name):
+def test_a_killed_run_ends_in_the_same_bytes(tmp_path, command, name, monkeypatch):
+    monkeypatch.setattr(end_to_end, "KEEP_SECONDS", 0.01)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     started = time.monotonic()
     assert in_child([*command, str(whole), *RUNS[name]]) == 0
