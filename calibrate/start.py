@@ -25,7 +25,7 @@ from calibrate.methods.gptq import Factor, compensated_weight, factorize
 from calibrate.methods.smoothquant import smoothquant_scale
 from calibrate.modules import CalibrationLinear
 from calibrate.parallel import Share
-from calibrate.quantizer import fake_quantize_weight, weight_bounds
+from calibrate.quantizer import fake_quantize_weight, weight_bounds, weight_grid
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import WeightScheme
 
@@ -216,13 +216,13 @@ def search_bounds(
         fp32 [2, N, G].
     """
     whole = weight_bounds(weight, scheme)
-    groups = whole.shape[2]
-    best = whole.clone()
-    least = torch.full_like(whole[0], torch.inf)
-    for shrink in shrinks:
-        bounds = whole * shrink
-        error = (fake_quantize_weight(weight, bounds, scheme, weight.shape[1]) - weight).square_().mul_(importance)
-        error = error.unflatten(1, (groups, -1)).sum(2)
+    best, least = whole.clone(), torch.full_like(whole[0], torch.inf)
+    grouped, importance = (each.unflatten(-1, (whole.shape[2], -1)) for each in (weight, importance))
+    candidates = torch.stack([whole * shrink for shrink in shrinks], 1)
+    for bounds, *grid in zip(candidates.unbind(1), *weight_grid(candidates, scheme), strict=True):
+        scale, zero_point = (each.unsqueeze(2) for each in grid)
+        codes = (grouped / scale).add_(zero_point).round_().clamp_(0, scheme.max_code)
+        error = codes.sub_(zero_point).mul_(scale).sub_(grouped).square_().mul_(importance).sum(2)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, bounds, best)

@@ -71,19 +71,20 @@ def compensated_weight(
     """
     scale, zero_point = weight_grid(bounds, scheme)
     columns = weight.shape[1]
-    group = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
     order, upper = factor
-    work, compensated = weight[:, order].clone(), torch.empty_like(weight)
+    group = (torch.arange(columns, device=weight.device) // (columns // scale.shape[1]))[order]
+    work, compensated = weight[:, order], torch.empty_like(weight)
     for first in range(0, columns, BLOCK) if starts is None else starts:
         last = min(first + BLOCK, columns)
-        errors = torch.empty_like(work[:, first:last])
-        for column in range(first, last):
-            value = work[:, column]
-            compensated[:, order[column]] = value
-            s, z = scale[:, group[order[column]]], zero_point[:, group[order[column]]]
-            rounded = (torch.round(value / s + z).clamp(0, scheme.max_code) - z) * s
-            error = (value - rounded) / upper[column, column]
-            work[:, column + 1 : last] -= error.unsqueeze(1) * upper[column, column + 1 : last]
-            errors[:, column - first] = error
-        work[:, last:] -= errors @ upper[first:last, last:]
+        # Column by column, as rows: of contiguous memory.
+        values, errors = work[:, first:last].T.contiguous(), work.new_empty(last - first, len(weight))
+        scales, zero_points = (each.T[group[first:last]].unbind() for each in (scale, zero_point))
+        corner = upper[first:last, first:last]
+        pivots = corner.diagonal().tolist()
+        for place, (value, s, z) in enumerate(zip(values, scales, zero_points, strict=True)):
+            rounded = (value / s).add_(z).round_().clamp_(0, scheme.max_code).sub_(z).mul_(s)
+            error = torch.sub(value, rounded, out=errors[place]).div_(pivots[place])
+            values[place + 1 :].addr_(corner[place, place + 1 :], error, alpha=-1)
+        compensated[:, order[first:last]] = values.T
+        work[:, last:] -= errors.T @ upper[first:last, last:]
     return compensated
