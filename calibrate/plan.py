@@ -136,21 +136,27 @@ def run_bytes(model: Model, place: Place, linears: list[Kind]) -> int:
     """What a run keeps on disk at its peak beside the checkpoint: states of blocks and hidden states.
 
     States are written when a block starts, behind each of its windows and end to end; what that replaces is deleted
-    behind a window only.
+    behind a window only. While all blocks are tuned, what is learned is written with both moments, once more before the
+    last such file is deleted.
     """
     recipe, sweeps = model.recipe, passes(model.recipe, model.blocks)
-    states = 0
+    states = learned = 0
     for kind in linears:
         if kind.scheme:
             rows, columns = kind.shape
-            values = 4 * rows * kind.scheme.weights.groups(columns) + recipe.has_offset * rows * columns
-            values += recipe.learns("lora") * recipe.lora_rank * (rows + columns)
+            bounds = 2 * rows * kind.scheme.weights.groups(columns)
+            low_rank = recipe.learns("lora") * recipe.lora_rank * (rows + columns)
+            values = 2 * bounds + recipe.has_offset * rows * columns + low_rank
+            learns = recipe.learns("clip") * bounds + recipe.learns("rounding") * rows * columns + low_rank
             states += FP32 * values * len(kind.blocks)
+            learned += FP32 * learns * len(kind.blocks)
     longest = max((each.window.last - each.window.first + 1 for sweep in sweeps for each in sweep), default=0)
     kept = model.blocks if recipe.tunes or len(sweeps) > 1 else longest
-    written = max(kept + 2 * longest, 2 * recipe.tunes * model.blocks)
+    written = (kept + 2 * longest) * states // model.blocks
+    if recipe.tunes:
+        written = max(written, states + max(6 * learned, 3 * learned + states))
     streams = 4 * bool(sweeps) + STREAMS * (place.kind == "disk")
-    return written * states // model.blocks + streams * stream_bytes(model, recipe) // STREAMS
+    return written + streams * stream_bytes(model, recipe) // STREAMS
 
 
 @dataclass(slots=True)

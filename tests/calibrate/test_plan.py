@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -296,6 +297,8 @@ def test_an_estimate_is_about_what_a_run_takes(tmp_path, argv, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fast", "two sweeps", "end to end"])
 def test_disk_of_a_run_is_enough_and_not_much_more(tmp_path, argv, name, monkeypatch):
+    monkeypatch.setattr(end_to_end, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(end_to_end, "KEEP_SHARE", math.inf)
     arguments = parse_arguments([*argv, *RUNS[name]])
     model = Model(arguments.model, recipe_from(arguments), CPU)
     estimate, sizes = run_bytes(model, Place(CPU), kinds(model)), [0]
