@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sliderquant_vllm import ops
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 
 
@@ -59,12 +60,13 @@ def quantize_weight(weight: Tensor, bounds: Tensor, scheme: WeightScheme) -> tup
         codes uint8 [N, K], scale [N, G] in ``scale_dtype``, zero_point uint8 [N, G].
     """
     scale, zero_point = weight_grid(bounds, scheme)
-    codes = _round_to_grid(weight, scale, zero_point, scheme)[1].flatten(1)
-    return codes.to(torch.uint8), scale.to(scale_dtype(scheme)), zero_point.to(torch.uint8)
+    grouped = weight.unflatten(1, (scale.shape[1], -1))
+    codes = (grouped / scale.unsqueeze(2)).add_(zero_point.unsqueeze(2)).round_().clamp_(0, scheme.max_code)
+    return codes.flatten(1).to(torch.uint8), scale.to(scale_dtype(scheme)), zero_point.to(torch.uint8)
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """Keeps one fp16 tensor of the weight's size for backward: code minus real-valued position, as far as one step.
+    """Keeps 16 bits per weight for backward: how far it was moved, as far as one step.
 
     It tells inside from outside, since rounding moves no value by more than half a step. Inside, the gradient
     passes straight through; codes at a bound follow that bound; the rest moves the bounds by its rounding error (as
@@ -74,25 +76,20 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bounds, scheme, channels):
         scale, zero_point = weight_grid(bounds, scheme)
-        position, code = _round_to_grid(weight, scale, zero_point, scheme)
-        error = torch.sub(code, position, out=position)
-        quantized = code.sub_(zero_point.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1)
+        quantized, error = ops.fake_quantize_weight(weight, scale, zero_point, scheme.max_code)
         if channels < weight.shape[1]:
             quantized[:, channels:] = weight[:, channels:]
-            error.flatten(1)[:, channels:] = 0
+            error[:, channels:] = 0
         ctx.scheme = scheme
-        ctx.save_for_backward(error.clamp_(-1, 1).half(), bounds, scale, zero_point)
+        ctx.save_for_backward(error, bounds, scale, zero_point)
         return quantized
 
     @staticmethod
     def backward(ctx, grad):
         error, bounds, scale, zero_point = ctx.saved_tensors
         scheme = ctx.scheme
-        grouped = grad.unflatten(1, (error.shape[1], -1))
-        above, below = error < -0.5, error > 0.5
-        grad_above, grad_below = (grouped * above).sum(2), (grouped * below).sum(2)
-        grad_inside = grouped.masked_fill(above.logical_or_(below), 0)
-        along_error = (grad_inside * error).sum(2)
+        grad_weight, sums = ops.fake_quantize_weight_backward(grad, error, scale.shape[1])
+        grad_above, grad_below, along_error = sums
         high, low = bounds[0], bounds[1]
         if scheme.symmetric:
             half = scheme.symmetric_zero_point
@@ -106,14 +103,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             along_error = (along_error - zero_error * (grad_above + grad_below)) / scheme.max_code
             grad_high, grad_low = grad_above + along_error, grad_below - along_error
         grad_bounds = torch.stack((grad_high * (high > 0), grad_low * (low < 0)))
-        return grad_inside.flatten(1), grad_bounds, None, None
-
-
-def _round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme) -> tuple[Tensor, Tensor]:
-    """Real-valued code positions and codes, each [N, G, K/G]."""
-    grouped = weight.unflatten(1, (scale.shape[1], -1))
-    position = grouped / scale.unsqueeze(2) + zero_point.unsqueeze(2)
-    return position, torch.round(position).clamp_(0, scheme.max_code)
+        return grad_weight, grad_bounds, None, None
 
 
 def fake_quantize_weight(weight: Tensor, bounds: Tensor, scheme: WeightScheme, channels: int) -> Tensor:

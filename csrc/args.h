@@ -77,6 +77,28 @@ struct ColumnSums {
   int bits;
 };
 
+// quantized = (code - zero) * scale; error = code - weight / scale - zero, as far as one step, in units of kErrorOne
+constexpr int kErrorOne = 1 << 14;
+struct FakeQuantize {
+  const float* weight;  // [groups, size]
+  const float* scale;   // [groups]
+  const float* zero;    // [groups]
+  float* quantized;     // [groups, size]
+  int16_t* error;       // [groups, size]
+  int64_t groups, size;
+  int max_code;
+};
+
+// The gradient passes where a weight was moved by no more than half a step. sums, each [groups]: of the gradients of
+// weights above the largest code, of those below the smallest, and of the others times their error
+struct FakeQuantizeBackward {
+  const float* grad;     // [groups, size]
+  const int16_t* error;  // [groups, size]
+  float* grad_weight;    // [groups, size]
+  float* sums;           // [3, groups]
+  int64_t groups, size;
+};
+
 // A product with several weights: expert e meets the tokens [offsets[e], offsets[e + 1]), and what belongs to its weight
 // follows that of expert e - 1. Tokens behind the last offset meet none.
 struct Experts {

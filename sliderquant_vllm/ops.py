@@ -41,6 +41,10 @@ SCHEMAS = {
     "Tensor sw, Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
 }
 
+CPU_OPS = ("repack", "column_sums", "fake_quantize_weight", "fake_quantize_weight_backward")
+
+ERROR_ONE = 1 << 14  # one step of the grid in an error of fake_quantize_weight
+
 _library: torch.library.Library | None = None
 _reference_keys: set[str] = set()
 
@@ -67,7 +71,7 @@ def load() -> None:
     if native.exists() and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
         host().isa()  # a wrong SLIDERQUANT_ISA fails here, not in the first forward pass
         torch.ops.load_library(str(native))
-        if missing := [name for name in (*references, "repack", "column_sums") if not _has_kernel(name, "CPU")]:
+        if missing := [name for name in (*references, *CPU_OPS) if not _has_kernel(name, "CPU")]:
             raise RuntimeError(
                 f"{native}: expected CPU kernels of every op, found none of {', '.join(missing)}; it is older than the "
                 "Python code: build it again with 'pip install --no-build-isolation -e .'"
@@ -140,6 +144,40 @@ def column_sums(weight_packed: torch.Tensor, bits: int) -> torch.Tensor:
     # Some rows at a time: unpacking takes tens of bytes per code.
     parts = [unpack_codes(rows, bits).sum(1, dtype=torch.int32) for rows in weight_packed.split(4096)]
     return torch.cat(parts)
+
+
+def fake_quantize_weight(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight to its grid: ``(code - zero) * scale`` with ``code = clamp(rint(weight / scale + zero), 0, max)``.
+
+    Args:
+        weight: fp32 [N, K]; scale, zero: fp32 [N, G].
+
+    Returns:
+        fp32 [N, K], and int16 [N, K] for ``fake_quantize_weight_backward``: how far each weight was moved, in steps of
+        the grid and as far as one, times ERROR_ONE.
+    """
+    if is_native("cpu") and weight.device.type == "cpu":
+        return torch.ops.sliderquant.fake_quantize_weight(weight.contiguous(), scale, zero, max_code)
+    return fake_quantize_weight_reference(weight, scale, zero, max_code)
+
+
+def fake_quantize_weight_backward(
+    grad: torch.Tensor, error: torch.Tensor, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Straight-through gradient of ``fake_quantize_weight``, 0 where a weight was moved by more than half a step.
+
+    Args:
+        grad: fp32 [N, K]; error: int16 [N, K].
+
+    Returns:
+        fp32 [N, K], and the sums over every group, fp32 [3, N, G]: of ``grad`` above the largest code, below the
+        smallest, and of ``grad`` times how far the weight was moved, in steps, in between.
+    """
+    if is_native("cpu") and grad.device.type == "cpu":
+        return torch.ops.sliderquant.fake_quantize_weight_backward(grad.contiguous(), error, groups)
+    return fake_quantize_weight_backward_reference(grad, error, groups)
 
 
 def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
@@ -312,6 +350,21 @@ def _by_expert(product: Callable, tokens: tuple, offsets: torch.Tensor, weights:
             own = (None if weight is None else weight[expert] for weight in weights)
             y[begin:end] = product(*(rows[begin:end] for rows in tokens), *own)
     return y
+
+
+def fake_quantize_weight_reference(weight, scale, zero, max_code: int) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped, scale, zero = weight.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(2), zero.unsqueeze(2)
+    position = grouped / scale + zero
+    code = position.round().clamp_(0, max_code)
+    error = torch.sub(code, position, out=position).clamp_(-1, 1).mul_(ERROR_ONE).round_()
+    return code.sub_(zero).mul_(scale).flatten(1), error.to(torch.int16).flatten(1)
+
+
+def fake_quantize_weight_backward_reference(grad, error, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    above, below = error < -ERROR_ONE // 2, error > ERROR_ONE // 2
+    inside = grad.masked_fill(above | below, 0)
+    parts = (grad * above, grad * below, inside * error / ERROR_ONE)
+    return inside, torch.stack([part.unflatten(1, (groups, -1)).sum(2) for part in parts])
 
 
 def _fake_wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size):

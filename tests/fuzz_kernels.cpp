@@ -239,6 +239,38 @@ void rows() {
   }
 }
 
+void fake_quantize() {
+  const int64_t groups = between(1, 40), size = between(1, 300), values = groups * size;
+  const int max_code = one_of({3, 7, 15, 255});
+  std::vector<float> weight(values), scale(groups), zero(groups), quantized(values), grad(values), passed(values);
+  std::vector<float> sums(3 * groups);
+  std::vector<int16_t> error(values);
+  for (float& each : weight) each = normal();
+  for (float& each : grad) each = normal();
+  for (float& each : scale) each = 0.01f + std::abs(normal()) / static_cast<float>(max_code);
+  for (float& each : zero) each = static_cast<float>(between(0, max_code));
+  cpu::kernels().fake_quantize(
+      {weight.data(), scale.data(), zero.data(), quantized.data(), error.data(), groups, size, max_code}, serial);
+  cpu::kernels().fake_quantize_backward({grad.data(), error.data(), passed.data(), sums.data(), groups, size}, serial);
+  for (int64_t group = 0; group < groups; ++group) {
+    const double step = scale[group], lowest = -zero[group] * step, highest = (max_code - zero[group]) * step;
+    double outside = 0, moved = 0;
+    Case c = {};
+    c.n = groups, c.k = size;
+    for (int64_t i = group * size; i < (group + 1) * size; ++i) {
+      const double value = std::clamp<double>(weight[i], lowest, highest);
+      if (std::abs(quantized[i] - value) > 0.51 * step) fail("fake_quantize", c, quantized[i], value);
+      if (passed[i] == 0) {
+        outside += grad[i];
+      } else {
+        moved += grad[i] * (quantized[i] - weight[i]) / step;
+      }
+    }
+    check("sums of gradients", c, sums[group] + sums[groups + group], outside, static_cast<double>(size), Float::kFp32);
+    check("gradients along errors", c, sums[2 * groups + group], moved, 100.0 * static_cast<double>(size), Float::kFp32);
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -251,6 +283,7 @@ int main(int, char** arguments) {
     wna16();
     integer_gemm();
     rows();
+    fake_quantize();
   }
   return 0;
 }

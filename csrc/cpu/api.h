@@ -39,16 +39,20 @@ struct Kernels {
   void (*integer_gemm)(const IntegerGemm&, Panels, Parallel);
   void (*repack)(const Repack&, Parallel);
   void (*column_sums)(const ColumnSums&, Parallel);
+  void (*fake_quantize)(const FakeQuantize&, Parallel);
+  void (*fake_quantize_backward)(const FakeQuantizeBackward&, Parallel);
 };
 
-#define SLIDERQUANT_KERNELS(isa)                            \
-  namespace isa {                                           \
-  void wna16(const Wna16&, Panels, Parallel);               \
-  void quantize(const Quantize&, Parallel);                 \
-  void hadamard(const Hadamard&, Parallel);                 \
-  void integer_gemm(const IntegerGemm&, Panels, Parallel);  \
-  void repack(const Repack&, Parallel);                     \
-  void column_sums(const ColumnSums&, Parallel);            \
+#define SLIDERQUANT_KERNELS(isa)                                         \
+  namespace isa {                                                        \
+  void wna16(const Wna16&, Panels, Parallel);                            \
+  void quantize(const Quantize&, Parallel);                              \
+  void hadamard(const Hadamard&, Parallel);                              \
+  void integer_gemm(const IntegerGemm&, Panels, Parallel);               \
+  void repack(const Repack&, Parallel);                                  \
+  void column_sums(const ColumnSums&, Parallel);                         \
+  void fake_quantize(const FakeQuantize&, Parallel);                     \
+  void fake_quantize_backward(const FakeQuantizeBackward&, Parallel);    \
   }
 SLIDERQUANT_KERNELS(portable)
 SLIDERQUANT_KERNELS(avx2)

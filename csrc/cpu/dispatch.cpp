@@ -13,8 +13,13 @@
 namespace sliderquant::cpu {
 namespace {
 
-#define SLIDERQUANT_ROW(isa) \
-  {#isa, {isa::wna16, isa::quantize, isa::hadamard, isa::integer_gemm, isa::repack, isa::column_sums}}
+#define SLIDERQUANT_ROW(isa)                                                                                    \
+  {                                                                                                             \
+#isa, {                                                                                                     \
+      isa::wna16, isa::quantize, isa::hadamard, isa::integer_gemm, isa::repack, isa::column_sums,               \
+          isa::fake_quantize, isa::fake_quantize_backward                                                       \
+    }                                                                                                           \
+  }
 const std::pair<const char*, Kernels> kTable[] = {
 #ifdef SLIDERQUANT_X86
     SLIDERQUANT_ROW(avx512),
