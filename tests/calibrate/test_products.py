@@ -35,6 +35,13 @@ def test_attention_has_the_gradients_of_causal_attention(rough, bound):
         assert found.dtype == torch.float32 and relative_error(found, reference) < bound
 
 
+def test_products_that_learn_nothing_are_those_of_fp32():
+    """On CPUs with tiles too, where oneDNN would multiply fp32 in bf16."""
+    x, weight = torch.randn(96, 256), torch.randn(128, 256)
+    assert relative_error(products.linear(x, weight), x.double() @ weight.double().T) < 1e-6
+    assert relative_error(products.gram(x), x.double().T @ x.double()) < 1e-6
+
+
 def test_attention_rounds_nothing_where_nothing_learns():
     tensors = [torch.randn(1, 2, 8, 4) for _ in range(3)]
     exact = products.attention(*tensors, 0.5)
