@@ -34,6 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=[MODEL], help="directories, hub ids or short names")
     parser.add_argument("--schemes", nargs="+", help="such as W4A16, W4A4, W3A16g128; by default the suite's")
     parser.add_argument("--methods", nargs="+", help="METHOD or sliderquant:PRESET; by default the suite's")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="of the ablation: rows that contain one of these")
     parser.add_argument("--calibration", help="text; by default sources of Python's standard library")
     parser.add_argument("--evaluation", help="text; by default other sources of it")
     parser.add_argument("--nsamples", type=positive, default=32, help="calibration samples")
@@ -75,6 +76,18 @@ def settings_from(arguments: argparse.Namespace) -> suites.Settings:
         **{name: getattr(arguments, name) for name in shared},
         seeds=tuple(dict.fromkeys(arguments.seeds)),
     )
+
+
+def chosen_rows(planned: list[Cell], arguments: argparse.Namespace) -> list[Cell]:
+    """Cells that --only asks for, and the bases that they are compared with."""
+    if not arguments.only:
+        return planned
+    if arguments.suite != "ablation":
+        raise UserError("--only: chooses rows of --suite ablation; leave it out")
+    asked = [cell for cell in planned if any(text in cell.row for text in arguments.only)]
+    if not asked:
+        raise UserError(f"--only: no row of the ablation contains {' or '.join(map(repr, arguments.only))}")
+    return [cell for cell in planned if cell.row == suites.BASE_ROW or cell in asked]
 
 
 def check_methods(chosen: tuple[str, ...]) -> None:
@@ -149,7 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = settings_from(arguments)
     results = Results(output / "quality.json")
-    planned = suites.SUITES[arguments.suite](settings)
+    planned = chosen_rows(suites.SUITES[arguments.suite](settings), arguments)
     if any(
         results.find(command(cell.argv(seed), arguments.threads), version(cell.argv(seed))) is None
         for cell in planned

@@ -24,7 +24,7 @@ ONLY, UP_TO = "only this block", "the blocks up to this one"
 
 class Change(NamedTuple):
     """Flags that change a base recipe. ``*`` turns a switch the other way, and stands for every other choice in turn of
-    a flag that has choices; ``{bits}`` are the scheme's.
+    a flag that has choices, for half and twice a learning rate that is in use; ``{bits}`` are the scheme's.
 
     Attributes:
         where: schemes that it makes sense for: "weights" are those with 16-bit activations.
@@ -66,6 +66,7 @@ CHANGES = (
     Change("--end-to-end-epochs 0"),
     Change("--end-to-end-epochs 3"),
     Change("--end-to-end-epochs 3 --learn-norms"),
+    *(Change(f"--lr-{name} *") for name in ("rounding", "clip", "scale", "norms", "shift", "lora", "end-to-end")),
     Change("--batch-size 1"),
     Change("--batch-size 8"),
     Change("--kv-bits *"),
@@ -139,8 +140,13 @@ def resolved(change: Change, recipe) -> list[str]:
             name = token.removeprefix("--")
             field = known[name.replace("-", "_")]
             value = getattr(recipe, field.name)
-            others = [choice for choice in field.metadata["choices"] if choice != value]
-            options = [f"{token} {other}" for other in others] or [f"--no-{name}" if value else token]
+            if name.startswith("lr-"):
+                kind = field.name.removeprefix("lr_")
+                used = recipe.tunes if kind == "end_to_end" else recipe.learns(kind)
+                options = [f"{token} {factor * value:g}" for factor in (0.5, 2)] if used else []
+            else:
+                others = [choice for choice in field.metadata["choices"] if choice != value]
+                options = [f"{token} {other}" for other in others] or [f"--no-{name}" if value else token]
         variants = [[*variant, option] for variant in variants for option in options]
     return [" ".join(variant) for variant in variants]
 

@@ -68,9 +68,7 @@ def test_every_decision_of_the_recipe_is_part_of_the_ablation():
     named = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
     named |= {"weights"} if {"group_size", "symmetric"} <= named else set()
     decisions = {
-        each.name
-        for each in fields(Recipe)
-        if each.metadata.get("group") != DATA and not each.name.startswith("lr_") and each.name not in suites.AXES
+        each.name for each in fields(Recipe) if each.metadata.get("group") != DATA and each.name not in suites.AXES
     }
     assert decisions <= named, f"no line in CHANGES for {sorted(decisions - named)}"
 
@@ -93,6 +91,16 @@ def test_a_change_takes_the_other_choices():
     change = suites.Change("--kv-bits * --rotate *")
     assert suites.resolved(change, recipe) == ["--kv-bits 16 --no-rotate", "--kv-bits 4 --no-rotate"]
     assert suites.resolved(suites.Change("--average-bits {bits}.25"), recipe) == ["--average-bits 3.25"]
+
+
+def test_a_learning_rate_is_halved_and_doubled_where_it_is_used():
+    base = ("--model", "m", *cells.scheme_flags("W3A16"), "--method", "sliderquant")
+    halved = suites.resolved(suites.Change("--lr-clip *"), suites.recipe_of(base))
+    assert halved == ["--lr-clip 0.00025", "--lr-clip 0.001"]
+    assert suites.resolved(suites.Change("--lr-scale *"), suites.recipe_of(base)) == []
+    assert suites.resolved(suites.Change("--lr-end-to-end *"), suites.recipe_of(base)) == []
+    best = suites.recipe_of((*base, "--preset", "best"))
+    assert suites.resolved(suites.Change("--lr-end-to-end *"), best) == ["--lr-end-to-end 0.5", "--lr-end-to-end 2"]
 
 
 def test_epochs_are_for_methods_that_have_windows():
@@ -119,6 +127,8 @@ def test_epochs_are_for_methods_that_have_windows():
         (["--threads", "-1"], ["--threads"]),
         (["--evaluation", "EMPTY"], ["EMPTY", "no text"]),
         (["--suite", "sensitivity", "--methods", "rtn"], ["--methods", "leave it out"]),
+        (["--only", "lora"], ["--only", "--suite ablation"]),
+        (["--suite", "ablation", "--only", "magic"], ["--only", "'magic'"]),
     ],
 )
 def test_errors_are_one_line_and_exit_code_two(tmp_path, texts, capsys, monkeypatch, flags, words):
@@ -225,6 +235,15 @@ def test_the_ablation_names_what_was_changed(tmp_path, texts, monkeypatch):
     assert text.count("| --no-rotate --no-online-hadamard | 23.000 |") == len(suites.BASES)
     assert text.count(f"| {suites.BASE_ROW} | 22.000 |") == len(suites.BASES)
     assert (tmp_path / "ablation.png").exists()
+
+
+def test_rows_of_the_ablation_can_be_chosen(tmp_path, texts, monkeypatch):
+    commands = []
+    monkeypatch.setattr(quality, "measure", lambda argv, progress: commands.append(argv) or FOUND)
+    flags = ("--suite", "ablation", "--schemes", "W4A4", "--methods", "sliderquant:default", "--no-plot")
+    assert run(tmp_path, texts, *flags, "--only", "lora-rank", "batch-size 8") == 0
+    base, *changed = commands
+    assert [set(argv) - set(base) for argv in changed] == [{"--lora-rank", "4"}, {"--batch-size", "8"}]
 
 
 def test_sensitivities_estimated_and_measured(tmp_path, texts):
