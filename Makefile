@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
 #   LOCK=...            requirements/cpu.lock or requirements/cuda.lock; by default the one that fits this machine
-#   MAX_JOBS=8          compile jobs at a time
+#   MAX_JOBS=8          compilations, and test processes, at a time
 #   ARGS='...'          passed on by test, demo and bench, e.g. make test ARGS='-m "not serving" -x'
 #
 # pip's own settings decide where packages come from. Without a GPU it has to find the CPU build of torch: where the
@@ -79,7 +79,7 @@ $(PROJECT): $(ENVIRONMENT) pyproject.toml $(NATIVE)
 	@touch $@
 
 test: lint ## lint, then all tests; ARGS goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
 
 lint: $(PROJECT) ## ruff check and format check
 	$(BIN)/ruff check .

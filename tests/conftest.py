@@ -1,5 +1,6 @@
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,15 @@ from sliderquant_vllm import ops
 from tests.native import LIBRARY
 
 ISAS = ("portable", "avx2", "avx512f", "avx512")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several test processes one runs all tests of a file, which share what they prepare, and one starts engines."""
+    if config.pluginmanager.hasplugin("xdist"):
+        engines = Path(__file__).parent / "serving"
+        for item in items:
+            together = engines if engines in item.path.parents else item.path
+            item.add_marker(pytest.mark.xdist_group(str(together.relative_to(config.rootpath))))
 
 
 def select_isa(name: str) -> bool:

@@ -66,8 +66,11 @@ def test_an_override_without_activations_keeps_those_of_the_model():
     assert config.scheme_for("a.b") == LinearScheme(WeightScheme(8, -1, True), ActivationScheme(4))
 
 
-# Field path, bad value, words that the message must hold. MISSING removes the field.
-MISSING = object()
+class MISSING:
+    """Removes the field."""
+
+
+# Field path, bad value, words that the message must hold.
 CONFIG_ERRORS = [
     ("quant_method", "gptq", ["quant_method", "sliderquant", "gptq"]),
     ("quant_method", MISSING, ["quant_method", "None"]),
