@@ -1,8 +1,9 @@
 // Ops on the rows of x: the Hadamard transform and per-token quantization, alone or one after the other without
-// rounding in between. For every instruction set.
+// rounding in between, and what vLLM's layers do before it, rounded as there. For every instruction set.
 //
 // Quantization is bit for bit the reference: IEEE division, round half to even. A NaN gets code 0 and does not widen
-// the range.
+// the range. Sums of squares and exponentials are the same on every instruction set, but others than torch's: a value
+// that falls half-way between two 16-bit floats but for the last bits of fp32 may go to the other one.
 #include <cmath>
 
 #include "../formula.h"
@@ -83,8 +84,8 @@ SLIDERQUANT_INLINE inline Floats round(Floats x) {
   return (x + big) - big;
 }
 
+// The row's values, zeros up to a whole register.
 void quantize_row(const Quantize& a, int64_t m, float* row) {
-  load_row(a.x, a.x_type, m * a.x_stride, a.k, row);
   if (a.block > 1) transform(row, a.k, a.block);
 
   Floats low = {}, high = {};
@@ -131,6 +132,44 @@ SLIDERQUANT_INLINE inline Halves to_bf16(Floats value) {
   return __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? not_a_number : rounded, Halves);
 }
 
+// Each lane rounded to 16 bits.
+SLIDERQUANT_INLINE inline Floats round_to(Floats value, Float type) {
+  const auto bits = reinterpret_cast<Words>(value);
+  if (type == Float::kBf16) {
+    const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    return reinterpret_cast<Floats>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits : rounded);
+  }
+  // The sum with a float 2^13 times as large, and at least 2^-1, rounds to the step of fp16 there.
+  const Words magnitude = bits & 0x7FFFFFFF, normal = splat(uint32_t{0x38800000});
+  const Words exponent = (magnitude > normal ? magnitude : normal) & 0x7F800000;
+  const auto big = reinterpret_cast<Floats>((exponent + (13u << 23)) | 0x00400000);
+  const Floats rounded = (value + big) - big;
+  const auto infinity = reinterpret_cast<Floats>((bits & 0x80000000) | 0x7F800000);
+  const Words held = reinterpret_cast<Words>(rounded) & 0x7FFFFFFF;
+  // From 65536 on fp16 is infinite; what big would overflow for is larger.
+  const Floats finite = magnitude >= 0x47800000 || held >= 0x47800000 ? infinity : rounded;
+  return magnitude > 0x7F800000 ? value : finite;
+}
+
+// x / (1 + e^-x). The exponential is that of Cephes' expf, without fused operations.
+SLIDERQUANT_INLINE inline Floats silu(Floats x) {
+  Floats y = -x;
+  y = y < splat(-104.0f) ? splat(-104.0f) : y;  // 0, and on the other side infinity, in fp32
+  y = y > splat(104.0f) ? splat(104.0f) : y;
+  const Floats n = round(y * splat(1.44269504088896341f));
+  const Floats r = (y - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  Floats p = r * splat(1.9875691500e-4f) + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  // By 2^n in two steps, so that it overflows and underflows as it should.
+  const Ints steps = __builtin_convertvector(n == n ? n : Floats{}, Ints), half = steps >> 1;
+  const auto power = [](Ints exponent) { return reinterpret_cast<Floats>((exponent + 127) << 23); };
+  return x / (splat(1.0f) + p * power(half) * power(steps - half));
+}
+
 void store_row(const float* row, Float type, int64_t at, int64_t count, void* y) {
   int64_t k = 0;
   if (type == Float::kBf16) {
@@ -143,24 +182,94 @@ void store_row(const float* row, Float type, int64_t at, int64_t count, void* y)
   for (; k < count; ++k) store_float(y, type, at + k, row[k]);
 }
 
-// body(m, row) for all rows, with scratch for one of k values.
+// body(m, row, other) for all rows, with scratch for two of k values.
 template <class Body>
 void for_rows(Parallel parallel, int64_t rows, int64_t k, const Body& body) {
   parallel_for(parallel, rows, 1 + kGrainValues / (k + 1), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    auto* row = scratch.get<float>(padded(k));
-    for (int64_t m = begin; m < end; ++m) body(m, row);
+    auto* row = scratch.get<float>(2 * padded(k));
+    for (int64_t m = begin; m < end; ++m) body(m, row, row + padded(k));
+  });
+}
+
+// row[k] = f(row[k], other[k]), a register at a time.
+template <class F>
+SLIDERQUANT_INLINE inline void combine_rows(float* row, const float* other, int64_t count, const F& f) {
+  for (int64_t k = 0; k < count; k += kLanes) store(row + k, f(load<Floats>(row + k), load<Floats>(other + k)));
+}
+
+// Of the squares of a row, in as many columns as the widest register has lanes.
+float sum_of_squares(const float* row, int64_t count) {
+  constexpr int kColumns = 16, kParts = kColumns / kLanes;
+  Floats sums[kParts] = {};
+  const int64_t end = padded(count);
+  for (int64_t k = 0; k < end; k += kColumns) {
+    unroll<kParts>([&]<int I>() SLIDERQUANT_INLINE {
+      if (k + I * kLanes < end) {
+        const Floats value = load<Floats>(row + k + I * kLanes);
+        sums[I] += value * value;
+      }
+    });
+  }
+  float sum = 0;
+  for (int i = 0; i < kColumns; ++i) sum += sums[i / kLanes][i % kLanes];
+  return sum;
+}
+
+// What vLLM's RMSNorm makes of the row, given what its values are multiplied with before the weight.
+template <Float kType>
+void scale_row(float* row, const float* weight, int64_t count, float factor) {
+  combine_rows(row, weight, count, [factor](Floats value, Floats weight) SLIDERQUANT_INLINE {
+    return round_to(round_to(value * splat(factor), kType) * weight, kType);
+  });
+}
+
+template <Float kType>
+void silu_mul_row(float* row, const float* ups, int64_t count) {
+  combine_rows(row, ups, count, [](Floats gate, Floats up) SLIDERQUANT_INLINE {
+    return round_to(round_to(silu(gate), kType) * up, kType);
   });
 }
 
 }  // namespace
 
 void quantize(const Quantize& a, Parallel parallel) {
-  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) { quantize_row(a, m, row); });
+  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row, float*) {
+    load_row(a.x, a.x_type, m * a.x_stride, a.k, row);
+    quantize_row(a, m, row);
+  });
+}
+
+void rms_norm_quantize(const RmsNormQuantize& a, Parallel parallel) {
+  const Quantize& q = a.quantize;
+  for_rows(parallel, q.m, q.k, [&](int64_t m, float* row, float* other) {
+    load_row(q.x, q.x_type, m * q.x_stride, q.k, row);
+    if (a.residual != nullptr) {
+      load_row(a.residual, q.x_type, m * a.residual_stride, q.k, other);
+      combine_rows(row, other, q.k, [](Floats one, Floats two) SLIDERQUANT_INLINE { return one + two; });
+      store_row(row, q.x_type, m * q.k, q.k, a.sum);
+    }
+    const float mean = sum_of_squares(row, q.k) / static_cast<float>(q.k);
+    load_row(a.weight, q.x_type, 0, q.k, other);
+    const auto scale = q.x_type == Float::kBf16 ? scale_row<Float::kBf16> : scale_row<Float::kFp16>;
+    scale(row, other, q.k, 1 / std::sqrt(mean + a.epsilon));
+    quantize_row(q, m, row);
+  });
+}
+
+void silu_mul_quantize(const SiluMulQuantize& a, Parallel parallel) {
+  const Quantize& q = a.quantize;
+  for_rows(parallel, q.m, q.k, [&](int64_t m, float* row, float* other) {
+    load_row(q.x, q.x_type, m * q.x_stride, q.k, row);
+    load_row(q.x, q.x_type, m * q.x_stride + q.k, q.k, other);
+    const auto multiply_row = q.x_type == Float::kBf16 ? silu_mul_row<Float::kBf16> : silu_mul_row<Float::kFp16>;
+    multiply_row(row, other, q.k);
+    quantize_row(q, m, row);
+  });
 }
 
 void hadamard(const Hadamard& a, Parallel parallel) {
-  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) {
+  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row, float*) {
     load_row(a.x, a.type, m * a.k, a.k, row);
     transform(row, a.k, a.block);
     store_row(row, a.type, m * a.k, a.k, a.y);

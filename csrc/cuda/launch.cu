@@ -7,7 +7,7 @@
 
 #include "integer_gemm.cuh"
 #include "launch.h"
-#include "quantize.cuh"
+#include "launch_on.h"
 #include "repack.cuh"
 #include "sm80_integer.cuh"
 #include "sm80_wna16.cuh"
@@ -30,41 +30,6 @@ __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ 
     }
     kernel.finish();
   }
-}
-
-// Makes a device current for one launch and gives the previous one back: this runtime is linked statically and knows
-// nothing of the host framework's choice.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-template <class Launch>
-const char* launch_on(int device, const Launch& enqueue) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    enqueue();
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class Kernel>
@@ -174,6 +139,8 @@ std::vector<Gpu> all_gpus() {
   return gpus;
 }
 
+}  // namespace
+
 const Gpu& gpu(int device) {
   static const std::vector<Gpu> gpus = all_gpus();
   if (device < 0 || device >= static_cast<int>(gpus.size())) {
@@ -181,8 +148,6 @@ const Gpu& gpu(int device) {
   }
   return gpus[static_cast<size_t>(device)];
 }
-
-}  // namespace
 
 const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {
   if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
@@ -209,10 +174,6 @@ const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* wo
 
 Plan plan(const IntegerGemm& args, int device) {
   return plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
-}
-
-const char* quantize(const Quantize& args, int device, uintptr_t stream) {
-  return launch<QuantizeKernel>(args, device, stream);
 }
 
 const char* repack(const Repack& args, int device, uintptr_t stream) {

@@ -12,8 +12,14 @@ namespace sliderquant::cuda {
 // or null. All pointers are of that device.
 const char* wna16(const Wna16&, const Plan&, float* workspace, int device, uintptr_t stream);
 const char* quantize(const Quantize&, int device, uintptr_t stream);
+const char* rms_norm_quantize(const RmsNormQuantize&, int device, uintptr_t stream);
+const char* silu_mul_quantize(const SiluMulQuantize&, int device, uintptr_t stream);
+const char* hadamard(const Hadamard&, int device, uintptr_t stream);
 const char* integer_gemm(const IntegerGemm&, const Plan&, uint32_t* workspace, int device, uintptr_t stream);
 const char* repack(const Repack&, int device, uintptr_t stream);
+
+// Throws std::runtime_error where CUDA knows nothing of the device.
+const Gpu& gpu(int device);
 
 // How a product is made, the environment's override considered. Throws std::runtime_error where that says nothing
 // valid, or CUDA nothing about the device.
