@@ -25,6 +25,11 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 try:
+    from vllm.compilation.passes.inductor_pass import InductorPass
+except ImportError:
+    from vllm.compilation.inductor_pass import InductorPass
+
+try:
     from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts, apply_moe_activation
 
     # Those that take all gates first, then all ups.
@@ -41,6 +46,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "FusedMoeWeightScaleSupported",
     "GroupQuantScaleParameter",
+    "InductorPass",
     "LinearBase",
     "LinearMethodBase",
     "PackedColumnParameter",
@@ -49,6 +55,7 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "activate_experts",
+    "add_graph_pass",
     "experts_problem",
     "register_weight_loader_v2_supported_method",
     "serving_options",
@@ -64,6 +71,17 @@ def weights_are_random() -> bool:
     """Whether the model that is being built gets random weights, which no weight loader sees."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def add_graph_pass(graph_pass: InductorPass) -> None:
+    """Let a pass run over the compiled graphs of the model that is being built, unless a user has one there.
+
+    The place is that of ``--compilation-config '{"inductor_passes": {...}}'``, which vLLM reads once a model is built.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is not None:
+        key = getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
+        config.compilation_config.inductor_compile_config.setdefault(key, graph_pass)
 
 
 def experts_problem(layer: RoutedExperts) -> str | None:

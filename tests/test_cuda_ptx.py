@@ -27,8 +27,8 @@ BODIES = {
     "add2_bf16": "(HFMA2|HADD2).BF16",
     "add2_fp16": "HADD2",
     "atomics": "ATOMG",
-    "convert_bf16": "F2FP.BF16",
-    "convert_fp16": "F2FP.F16",
+    "convert_bf16": r"F2FP\.BF16",
+    "convert_fp16": r"F2FP\.(F16|PACK)",
 }
 
 
