@@ -18,7 +18,7 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr int64_t kGrainValues = 16384;  // values that are worth a thread
 
-Floats load_floats(const void* x, Float type, int64_t at) {
+SLIDERQUANT_INLINE inline Floats load_floats(const void* x, Float type, int64_t at) {
   if (type == Float::kFp32) return load<Floats>(static_cast<const float*>(x) + at);
   const auto* halves = static_cast<const uint16_t*>(x) + at;
   if (type == Float::kBf16) {
@@ -29,13 +29,17 @@ Floats load_floats(const void* x, Float type, int64_t at) {
   return value;
 }
 
+// The same where no more than `left` exist: zeros for the others.
+SLIDERQUANT_INLINE inline Floats load_floats(const void* x, Float type, int64_t at, int64_t left) {
+  if (left >= kLanes) return load_floats(x, type, at);
+  Floats value = {};
+  for (int i = 0; i < left; ++i) value[i] = load_float(x, type, at + i);
+  return value;
+}
+
 // A row in fp32, and zeros up to a whole register.
 void load_row(const void* x, Float type, int64_t at, int64_t count, float* row) {
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) store(row + k, load_floats(x, type, at + k));
-  if (k == count) return;
-  store(row + k, Floats{});
-  for (; k < count; ++k) row[k] = load_float(x, type, at + k);
+  for (int64_t k = 0; k < count; k += kLanes) store(row + k, load_floats(x, type, at + k, count - k));
 }
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -182,20 +186,14 @@ void store_row(const float* row, Float type, int64_t at, int64_t count, void* y)
   for (; k < count; ++k) store_float(y, type, at + k, row[k]);
 }
 
-// body(m, row, other) for all rows, with scratch for two of k values.
+// body(m, row) for all rows, with scratch for one of k values.
 template <class Body>
 void for_rows(Parallel parallel, int64_t rows, int64_t k, const Body& body) {
   parallel_for(parallel, rows, 1 + kGrainValues / (k + 1), [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    auto* row = scratch.get<float>(2 * padded(k));
-    for (int64_t m = begin; m < end; ++m) body(m, row, row + padded(k));
+    auto* row = scratch.get<float>(padded(k));
+    for (int64_t m = begin; m < end; ++m) body(m, row);
   });
-}
-
-// row[k] = f(row[k], other[k]), a register at a time.
-template <class F>
-SLIDERQUANT_INLINE inline void combine_rows(float* row, const float* other, int64_t count, const F& f) {
-  for (int64_t k = 0; k < count; k += kLanes) store(row + k, f(load<Floats>(row + k), load<Floats>(other + k)));
 }
 
 // Of the squares of a row, in as many columns as the widest register has lanes.
@@ -216,60 +214,60 @@ float sum_of_squares(const float* row, int64_t count) {
   return sum;
 }
 
-// What vLLM's RMSNorm makes of the row, given what its values are multiplied with before the weight.
 template <Float kType>
-void scale_row(float* row, const float* weight, int64_t count, float factor) {
-  combine_rows(row, weight, count, [factor](Floats value, Floats weight) SLIDERQUANT_INLINE {
-    return round_to(round_to(value * splat(factor), kType) * weight, kType);
-  });
+void rms_norm_row(const RmsNormQuantize& a, int64_t m, float* row) {
+  const Quantize& q = a.quantize;
+  load_row(q.x, kType, m * q.x_stride, q.k, row);
+  if (a.residual != nullptr) {
+    for (int64_t k = 0; k < q.k; k += kLanes) {
+      store(row + k, load<Floats>(row + k) + load_floats(a.residual, kType, m * a.residual_stride + k, q.k - k));
+    }
+    store_row(row, kType, m * q.k, q.k, a.sum);
+  }
+  const float mean = sum_of_squares(row, q.k) / static_cast<float>(q.k);
+  const Floats factor = splat(1 / std::sqrt(mean + a.epsilon));
+  for (int64_t k = 0; k < q.k; k += kLanes) {
+    const Floats normal = round_to(load<Floats>(row + k) * factor, kType);
+    store(row + k, round_to(normal * load_floats(a.weight, kType, k, q.k - k), kType));
+  }
 }
 
 template <Float kType>
-void silu_mul_row(float* row, const float* ups, int64_t count) {
-  combine_rows(row, ups, count, [](Floats gate, Floats up) SLIDERQUANT_INLINE {
-    return round_to(round_to(silu(gate), kType) * up, kType);
-  });
+void silu_mul_row(const Quantize& q, int64_t m, float* row) {
+  for (int64_t k = 0; k < q.k; k += kLanes) {
+    const int64_t at = m * q.x_stride + k;
+    const Floats active = round_to(silu(load_floats(q.x, kType, at, q.k - k)), kType);
+    store(row + k, round_to(active * load_floats(q.x, kType, at + q.k, q.k - k), kType));
+  }
 }
 
 }  // namespace
 
 void quantize(const Quantize& a, Parallel parallel) {
-  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row, float*) {
+  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) {
     load_row(a.x, a.x_type, m * a.x_stride, a.k, row);
     quantize_row(a, m, row);
   });
 }
 
 void rms_norm_quantize(const RmsNormQuantize& a, Parallel parallel) {
-  const Quantize& q = a.quantize;
-  for_rows(parallel, q.m, q.k, [&](int64_t m, float* row, float* other) {
-    load_row(q.x, q.x_type, m * q.x_stride, q.k, row);
-    if (a.residual != nullptr) {
-      load_row(a.residual, q.x_type, m * a.residual_stride, q.k, other);
-      combine_rows(row, other, q.k, [](Floats one, Floats two) SLIDERQUANT_INLINE { return one + two; });
-      store_row(row, q.x_type, m * q.k, q.k, a.sum);
-    }
-    const float mean = sum_of_squares(row, q.k) / static_cast<float>(q.k);
-    load_row(a.weight, q.x_type, 0, q.k, other);
-    const auto scale = q.x_type == Float::kBf16 ? scale_row<Float::kBf16> : scale_row<Float::kFp16>;
-    scale(row, other, q.k, 1 / std::sqrt(mean + a.epsilon));
-    quantize_row(q, m, row);
+  const auto norm = a.quantize.x_type == Float::kBf16 ? rms_norm_row<Float::kBf16> : rms_norm_row<Float::kFp16>;
+  for_rows(parallel, a.quantize.m, a.quantize.k, [&](int64_t m, float* row) {
+    norm(a, m, row);
+    quantize_row(a.quantize, m, row);
   });
 }
 
 void silu_mul_quantize(const SiluMulQuantize& a, Parallel parallel) {
-  const Quantize& q = a.quantize;
-  for_rows(parallel, q.m, q.k, [&](int64_t m, float* row, float* other) {
-    load_row(q.x, q.x_type, m * q.x_stride, q.k, row);
-    load_row(q.x, q.x_type, m * q.x_stride + q.k, q.k, other);
-    const auto multiply_row = q.x_type == Float::kBf16 ? silu_mul_row<Float::kBf16> : silu_mul_row<Float::kFp16>;
-    multiply_row(row, other, q.k);
-    quantize_row(q, m, row);
+  const auto activate = a.quantize.x_type == Float::kBf16 ? silu_mul_row<Float::kBf16> : silu_mul_row<Float::kFp16>;
+  for_rows(parallel, a.quantize.m, a.quantize.k, [&](int64_t m, float* row) {
+    activate(a.quantize, m, row);
+    quantize_row(a.quantize, m, row);
   });
 }
 
 void hadamard(const Hadamard& a, Parallel parallel) {
-  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row, float*) {
+  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) {
     load_row(a.x, a.type, m * a.k, a.k, row);
     transform(row, a.k, a.block);
     store_row(row, a.type, m * a.k, a.k, a.y);
