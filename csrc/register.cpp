@@ -157,11 +157,12 @@ const T* data(const Optional& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
 }
 
-// Where the tokens of each expert begin, and where those of the last one end.
+// Where the tokens of each expert begin, and where those of the last one end. A GPU's are not looked at: that would wait
+// for it.
 sliderquant::Experts check_offsets(const Expectation& e, const Tensor& offsets, int64_t m) {
   check(e, "offsets", offsets, ScalarType::Int, {*e.experts + 1});
   const sliderquant::Experts experts = {data<int32_t>(offsets), *e.experts};
-  for (int64_t i = 0; i <= experts.count; ++i) {
+  for (int64_t i = 0; e.like.device().is_cpu() && i <= experts.count; ++i) {
     const int32_t at = experts.offsets[i], least = i > 0 ? experts.offsets[i - 1] : 0;
     if (at < least || at > (i > 0 ? m : 0)) {
       fail(e.op, "offsets: expected to rise from 0 to at most M=", m, "; got ", at, " at ", i, " behind ", least);
@@ -241,6 +242,27 @@ void integer_cuda(const char* op, const Tensor& codes, const sliderquant::Intege
     return sliderquant::cuda::integer_gemm(args, plan, workspace, device, stream);
   });
 }
+
+void wna16_grouped_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args,
+                        const sliderquant::Experts& experts) {
+  check_aligned(op, "w_packed", args.w);
+  const int device = x.device().index();
+  const auto plan = sliderquant::cuda::plan_grouped(args, experts.count, device);
+  run_planned<float>(op, x, ScalarType::Float, plan, args.m, args.n, [&](float* workspace, uintptr_t stream) {
+    return sliderquant::cuda::wna16_grouped(args, experts, plan, workspace, device, stream);
+  });
+}
+
+void integer_grouped_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args,
+                          const sliderquant::Experts& experts) {
+  check_aligned(op, "w_packed", args.w);
+  check_aligned(op, "codes", args.codes);
+  const int device = codes.device().index();
+  const auto plan = sliderquant::cuda::plan_grouped(args, experts.count, device);
+  run_planned<uint32_t>(op, codes, ScalarType::Int, plan, args.m, args.n, [&](uint32_t* workspace, uintptr_t stream) {
+    return sliderquant::cuda::integer_gemm_grouped(args, experts, plan, workspace, device, stream);
+  });
+}
 #define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel
 #else
 template <class Args>
@@ -254,6 +276,15 @@ void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args)
 
 void integer_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args) {
   run_cuda(op, args, codes.device().index(), nullptr);
+}
+
+void wna16_grouped_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args, const sliderquant::Experts&) {
+  wna16_cuda(op, x, args);
+}
+
+void integer_grouped_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args,
+                          const sliderquant::Experts&) {
+  integer_cuda(op, codes, args);
 }
 #define SLIDERQUANT_LAUNCH(kernel) nullptr
 #endif
@@ -301,10 +332,14 @@ Tensor wna16(const char* op, const Tensor* offsets, const Tensor& x, const Tenso
       .group = group,
       .bits = static_cast<int>(bits),
   };
-  if (grouped) {
-    sliderquant::cpu::wna16_grouped(args, experts, run_parallel);
-  } else if (x.device().is_cpu()) {
-    sliderquant::cpu::kernels().wna16(args, sliderquant::cpu::all_panels(n), run_parallel);
+  if (x.device().is_cpu()) {
+    if (grouped) {
+      sliderquant::cpu::wna16_grouped(args, experts, run_parallel);
+    } else {
+      sliderquant::cpu::kernels().wna16(args, sliderquant::cpu::all_panels(n), run_parallel);
+    }
+  } else if (grouped) {
+    wna16_grouped_cuda(op, x, args, experts);
   } else {
     wna16_cuda(op, x, args);
   }
@@ -487,10 +522,14 @@ Tensor w4a4(const char* op, const Tensor* offsets, const Tensor& codes, const Te
       .k = k,
       .bits = static_cast<int>(weight_bits),
   };
-  if (grouped) {
-    sliderquant::cpu::integer_gemm_grouped(args, experts, run_parallel);
-  } else if (codes.device().is_cpu()) {
-    sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
+  if (codes.device().is_cpu()) {
+    if (grouped) {
+      sliderquant::cpu::integer_gemm_grouped(args, experts, run_parallel);
+    } else {
+      sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
+    }
+  } else if (grouped) {
+    integer_grouped_cuda(op, codes, args, experts);
   } else {
     integer_cuda(op, codes, args);
   }
@@ -657,6 +696,8 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
   library.impl("hadamard", TORCH_BOX(&hadamard));
   library.impl("w4a4_gemm", TORCH_BOX(&w4a4_gemm));
+  library.impl("wna16_gemm_grouped", TORCH_BOX(&wna16_gemm_grouped));
+  library.impl("w4a4_gemm_grouped", TORCH_BOX(&w4a4_gemm_grouped));
   library.impl("repack", TORCH_BOX(&repack));
 }
 
@@ -694,8 +735,6 @@ STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
   library.impl("column_sums", TORCH_BOX(&column_sums));
   library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight));
   library.impl("fake_quantize_weight_backward", TORCH_BOX(&fake_quantize_weight_backward));
-  library.impl("wna16_gemm_grouped", TORCH_BOX(&wna16_gemm_grouped));
-  library.impl("w4a4_gemm_grouped", TORCH_BOX(&w4a4_gemm_grouped));
 }
 
 #ifdef SLIDERQUANT_CUDA

@@ -282,7 +282,7 @@ def wna16_gemm_grouped(x, offsets, w_packed, scale, zero, bias, bits: int, group
     """``wna16_gemm`` with a weight per expert: the rows [offsets[e], offsets[e + 1]) of x meet expert e.
 
     Args:
-        offsets: int32 [E + 1], rising from 0 to at most M.
+        offsets: int32 [E + 1], rising from 0 to at most M; on GPUs, which would have to be waited for, unchecked.
         w_packed: of all experts, stacked; so are scale [E, G, N], zero and bias.
 
     Returns:

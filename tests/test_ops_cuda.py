@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -261,13 +263,76 @@ def test_w4a4_gemm_names_a_wrong_override_and_a_wrong_address(monkeypatch):
         torch.ops.sliderquant.w4a4_gemm(codes.clone(), *rest, torch.float32)
 
 
-def test_grouped_products_are_those_of_each_expert():
-    weights = [random_weight(130, 256, 4, 32, symmetric=False, seed=seed) for seed in range(3)]
-    parts = [on_gpu(ops.repack(weight.packed.cuda(), 4), weight.scale, weight.zero) for weight in weights]
-    offsets = torch.tensor([0, 5, 5, 9], dtype=torch.int32).cuda()
-    x = torch.randn(11, 256).bfloat16().cuda()
-    stacked = [torch.stack(part) for part in zip(*parts, strict=True)]
-    y = torch.ops.sliderquant.wna16_gemm_grouped(x, offsets, *stacked, None, 4, 32)
-    for (begin, end), part in zip(((0, 5), (5, 9)), (parts[0], parts[2]), strict=True):
-        assert torch.equal(y[begin:end], torch.ops.sliderquant.wna16_gemm(x[begin:end], *part, None, 4, 32))
-    assert not y[9:].any()
+# Tokens of each expert, and those behind them that meet none.
+SPREADS = (((1, 1, 1, 1), 0), ((0, 3, 0, 70, 0, 13), 0), ((0,) * 40 + (300, 2), 5), ((0, 0, 0), 9))
+
+
+def offsets_of(loads: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor((0, *loads)).cumsum(0).to(torch.int32)
+
+
+def stacked_on_gpu(parts) -> list:
+    return on_gpu(*(None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("kernel", ["", "sm80:tokens=8:splits=3", "sm80:tokens=16", "sm80:tokens=64:splits=2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wna16_gemm_grouped(monkeypatch, bits, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", kernel)
+    for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
+        weights = [random_weight(n, k, bits, 64, symmetric=False, seed=seed) for seed in range(4)]
+        weights = [weights[expert % 4] for expert in range(len(loads))]
+        parts = [(ops.repack(weight.packed.cuda(), bits).cpu(), weight.scale, weight.zero) for weight in weights]
+        operands, offsets, m = stacked_on_gpu(parts), offsets_of(loads), sum(loads) + rest
+        x = torch.randn(m, k).bfloat16().cuda()
+        y = ops.wna16_gemm_grouped(x, offsets.cuda(), *operands, None, bits, 64)
+        assert not y[int(offsets[-1]) :].any()
+        for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if begin == end:
+                continue
+            own = ops.wna16_gemm(x[begin:end], *(tensor[expert] for tensor in operands), None, bits, 64)
+            exact = x[begin:end].double().cpu() @ weights[expert].dense.T
+            assert relative_error(y[begin:end].cpu(), exact) < 3e-3, (loads, expert)
+            assert not kernel or torch.equal(y[begin:end], own), (loads, expert)  # blocks are of the same size
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS[:1] + INTEGER_KERNELS[2:])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_w4a4_gemm_grouped(monkeypatch, bits, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", kernel)
+    for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
+        weights = [random_weight(n, k, bits, -1, symmetric=False, seed=seed) for seed in range(4)]
+        weights = [weights[expert % 4] for expert in range(len(loads))]
+        channels = [(weight.scale[0], weight.zero[0], ops.column_sums(weight.packed, bits)) for weight in weights]
+        packed = [ops.repack(weight.packed.cuda(), bits, activation_bits=8) for weight in weights]
+        quantized = ops.quantize_per_token(torch.randn(sum(loads) + rest, k).bfloat16(), 8, False)
+        offsets, bias = offsets_of(loads), torch.randn(len(loads), n)
+        operands = (*on_gpu(*quantized, offsets), torch.stack(packed), *stacked_on_gpu(channels), bias.cuda())
+        y = ops.w4a4_gemm_grouped(*operands, bits, torch.float32)
+        checkpoint = torch.stack([weight.packed for weight in weights])
+        parts = [torch.stack(part) for part in zip(*channels, strict=True)]
+        expected = torch.zeros(sum(loads) + rest, n)
+        for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if begin < end:
+                own = (*(part[begin:end] for part in quantized), checkpoint[expert], *(part[expert] for part in parts))
+                expected[begin:end] = ops.w4a4_gemm_reference(*own, bias[expert], bits, torch.float32)
+        assert torch.equal(y.cpu(), expected), loads
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_graph_of_grouped_products_serves_any_offsets(monkeypatch, splits):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", f"sm80:tokens=16:splits={splits}")
+    weights = [random_weight(130, 1024, 4, 64, symmetric=False, seed=seed) for seed in range(6)]
+    operands = stacked_on_gpu([(ops.repack(w.packed.cuda(), 4).cpu(), w.scale, w.zero) for w in weights])
+    x = torch.randn(86, 1024).bfloat16().cuda()
+    offsets = offsets_of((86, 0, 0, 0, 0, 0)).cuda()
+    ops.wna16_gemm_grouped(x, offsets, *operands, None, 4, 64)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.wna16_gemm_grouped(x, offsets, *operands, None, 4, 64)
+    for loads in ((86, 0, 0, 0, 0, 0), (0, 3, 0, 70, 0, 13), (1, 1, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)):
+        offsets.copy_(offsets_of(loads))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, ops.wna16_gemm_grouped(x, offsets.clone(), *operands, None, 4, 64)), loads
