@@ -72,7 +72,7 @@ const char* run_wna16(const Wna16& a, const Experts& experts, int64_t tokens, in
   using Reduce = cuda::Wna16Reduce;
   switch (tokens) {
     case 8: return run<cuda::Sm80Wna16<kBits, kType, 1>, Reduce, float>(a, experts, splits, seed);
-    case 16: return run<cuda::Sm80Wna16<kBits, kType, 2>, Reduce, float>(a, experts, splits, seed);
+    case 32: return run<cuda::Sm80Wna16<kBits, kType, 4>, Reduce, float>(a, experts, splits, seed);
     default: return run<cuda::Sm80Wna16<kBits, kType, 8>, Reduce, float>(a, experts, splits, seed);
   }
 }

@@ -58,12 +58,12 @@ def of(tensors, expert: int) -> list:
     return [None if tensor is None else tensor[expert] for tensor in tensors]
 
 
-@pytest.mark.parametrize(("tokens", "splits"), [(8, 1), (8, 2), (16, 3), (64, 1)])
+@pytest.mark.parametrize(("tokens", "splits"), [(8, 1), (8, 2), (32, 3), (64, 1)])
 @pytest.mark.parametrize("name", SPREADS)
 def test_wna16(emulator, name, tokens, splits):
     (offsets, m), seed = spread(name), random.randrange(2**32)
     experts, symmetric = len(offsets) - 1, splits == 2
-    bits, (n, k, group_size) = (3, (40, 288, 32)) if tokens == 16 else (4, (150, 384, 128))
+    bits, (n, k, group_size) = (3, (40, 288, 32)) if tokens == 32 else (4, (150, 384, 128))
     dtype = torch.float16 if symmetric else torch.bfloat16
     weights = [random_weight(n, k, bits, group_size, symmetric, expert) for expert in range(min(experts, 6))]
     weights = [weights[expert % len(weights)] for expert in range(experts)]
@@ -169,4 +169,5 @@ def test_plans(emulator):
     assert plan(8 * 4096, 1536, 2048, 128) == (64, 1) and plan(8 * 4096, 1536, 2048, 128, True) == (128, 1)
     # Mixtral: 8 experts, two of them per token.
     assert plan(2, 28672, 4096, 8) == (8, 1) and plan(2, 4096, 14336, 8)[0] == 8
+    assert plan(8 * 16, 1536, 2048, 16)[0] == 32 and plan(8 * 16, 1536, 2048, 16, True)[0] == 16
     assert plan(5, 64, 128, 0)[0] == 8

@@ -275,7 +275,7 @@ def stacked_on_gpu(parts) -> list:
     return on_gpu(*(None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True)))
 
 
-@pytest.mark.parametrize("kernel", ["", "sm80:tokens=8:splits=3", "sm80:tokens=16", "sm80:tokens=64:splits=2"])
+@pytest.mark.parametrize("kernel", ["", "sm80:tokens=8:splits=3", "sm80:tokens=32", "sm80:tokens=64:splits=2"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_wna16_gemm_grouped(monkeypatch, bits, kernel):
     monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", kernel)
@@ -321,7 +321,7 @@ def test_w4a4_gemm_grouped(monkeypatch, bits, kernel):
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_graph_of_grouped_products_serves_any_offsets(monkeypatch, splits):
-    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", f"sm80:tokens=16:splits={splits}")
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", f"sm80:tokens=8:splits={splits}")
     weights = [random_weight(130, 1024, 4, 64, symmetric=False, seed=seed) for seed in range(6)]
     operands = stacked_on_gpu([(ops.repack(w.packed.cuda(), 4).cpu(), w.scale, w.zero) for w in weights])
     x = torch.randn(86, 1024).bfloat16().cuda()

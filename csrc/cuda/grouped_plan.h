@@ -36,7 +36,10 @@ Plan plan_grouped(const char* op, Plan plan, int64_t m, int64_t n, int64_t k, in
 
 inline Plan plan_wna16_grouped(int64_t m, int64_t n, int64_t k, int bits, int64_t experts, const Gpu& gpu,
                                const char* override_text) {
-  const Plan asked = parse_override("SLIDERQUANT_CUDA_WNA16", kWna16Tokens, gpu.arch >= 80, override_text);
+  Plan asked = parse_override("SLIDERQUANT_CUDA_WNA16", kWna16Tokens, gpu.arch >= 80, override_text);
+  if (asked.tokens == 0) asked.tokens = grouped_tokens(m, experts, kWna16Tokens);
+  // With 16 tokens the kernel takes all registers that two blocks on an SM leave it, and has none for this.
+  if (asked.tokens == 16) asked.tokens = 32;
   return plan_grouped("wna16_gemm_grouped", asked, m, n, k, experts, kWna16Tokens, gpu,
                       [&](int tokens) { return Sm80Tile{bits, tokens / Sm80Tile::kTileTokens}; });
 }

@@ -14,12 +14,11 @@ struct Type {
   using type = T;
 };
 
-// launch(Type<the kernel for so many tokens>)
+// launch(Type<the kernel for so many tokens>), of those that plan_wna16_grouped chooses
 template <int kBits, Float kType, class Launch>
 const char* with_wna16(int tokens, const Launch& launch) {
   switch (tokens) {
     case 8: return launch(Type<Sm80Wna16<kBits, kType, 1>>{});
-    case 16: return launch(Type<Sm80Wna16<kBits, kType, 2>>{});
     case 32: return launch(Type<Sm80Wna16<kBits, kType, 4>>{});
     default: return launch(Type<Sm80Wna16<kBits, kType, 8>>{});
   }
