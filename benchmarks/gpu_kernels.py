@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_kernels --shapes 28672x4096 --m 1 16 64 --json times.json
 
 Calls are replayed from a CUDA graph, so that no launch from Python counts, and go through more copies of the weights
-than L2 holds. Each time is a median over replays. That of an integer product counts the quantization of its tokens. The
-error of an op is that against the float64 product of what its codes stand for. Without a GPU only the model is printed;
-its columns say that they were not measured.
+than L2 holds. Each time is a median over replays. That of an integer product counts the quantization of its tokens;
+quantizers, and what is fused with them, are timed alone as well, and find their tokens in L2 as they do when served.
+The error of an op is that against the float64 product of what its codes stand for. Without a GPU only the model is
+printed; its columns say that they were not measured.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ from sliderquant_vllm.packing import pack_codes
 
 # gate_up, down, qkv and o of Llama-3 8B, gate_up of 70B on one of eight GPUs
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (7168, 8192)]
+# Experts, those of a token, N, K: gates and ups of Qwen3-30B-A3B and of Mixtral
+EXPERTS = [(128, 8, 1536, 2048), (8, 2, 28672, 4096)]
+# The quantizers that are timed alone: what of gpu_model they are, and the block of their transform
+QUANTIZERS = {
+    "quantize_per_token": ("quantize", 1),
+    "quantize_per_token, Hadamard": ("quantize", 128),
+    "rms_norm_quantize, residual": ("rms_norm", 1),
+    "silu_mul_quantize, Hadamard": ("silu_mul", 128),
+}
 TOKENS = [1, 4, 8, 16, 32, 64, 128, 512, 2048]
 BASELINE = "torch bf16"
 MICRO = 1e6
@@ -53,12 +63,28 @@ def main(argv: list[str] | None = None) -> None:
     if torch.cuda.is_available():
         for n, k in args.shapes:
             measure(args, n, k, rows, absent)
+        for sizes in args.experts:
+            measure_experts(args, *sizes, rows, absent)
+        for k in {k: None for _, k in args.shapes}:
+            measure_quantizers(args, k, rows, absent)
     else:
         print("No GPU that torch can use: nothing is measured, the model alone.\n")
         rows = [
             {"op": name, "n": n, "k": k, "m": m, "us": None}
             for n, k in args.shapes
             for name in [*(op_name(bits, args.group_size) for bits in args.bits), *map(integer_name, args.integer)]
+            for m in args.m
+        ]
+        rows += [
+            {"op": grouped_name(args, both, experts, top_k), "n": n, "k": k, "m": m, "us": None}
+            for experts, top_k, n, k in args.experts
+            for both in [*((bits, 16) for bits in args.bits), *args.integer]
+            for m in args.m
+        ]
+        rows += [
+            {"op": f"sliderquant {name}", "n": 0, "k": k, "m": m, "us": None}
+            for k in {k: None for _, k in args.shapes}
+            for name in QUANTIZERS
             for m in args.m
         ]
     for row in rows:
@@ -80,6 +106,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--integer", nargs="*", type=widths, default=[(4, 4), (8, 8)], help="of weights x activations, such as 4x8"
     )
+    parser.add_argument(
+        "--experts", nargs="*", type=experts_shape, default=EXPERTS, help="EXPERTSxTOPKxNxK of grouped products"
+    )
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
     parser.add_argument("--plain", action="store_true", help="time the plain kernels as well")
@@ -98,6 +127,16 @@ def shape(text: str) -> tuple[int, int]:
     return n, k
 
 
+def experts_shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        experts, top_k, n, k = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected EXPERTSxTOPKxNxK such as 128x8x1536x2048, found {text!r}") from None
+    if k % 128 or not 1 <= top_k <= experts:
+        raise argparse.ArgumentTypeError(f"{text}: K must be a multiple of 128, and TOPK no more than EXPERTS")
+    return experts, top_k, n, k
+
+
 def widths(text: str) -> tuple[int, int]:
     try:
         bits, activation_bits = (int(part) for part in text.split("x"))
@@ -114,6 +153,11 @@ def op_name(bits: int, group_size: int) -> str:
 
 def integer_name(bits_of_both: tuple[int, int]) -> str:
     return "sliderquant W{}A{} per channel".format(*bits_of_both)
+
+
+def grouped_name(args: argparse.Namespace, bits_of_both: tuple[int, int], experts: int, top_k: int) -> str:
+    own = op_name(bits_of_both[0], args.group_size) if bits_of_both[1] == 16 else integer_name(bits_of_both)
+    return f"{own}, {top_k} of {experts} experts"
 
 
 def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: dict[str, str]) -> None:
@@ -142,6 +186,70 @@ def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: 
         except Absent as reason:
             absent[name] = str(reason)
         torch.cuda.empty_cache()
+
+
+def measure_experts(
+    args: argparse.Namespace, experts: int, top_k: int, n: int, k: int, rows: list[dict], absent: dict[str, str]
+) -> None:
+    """Weights of all experts are beyond L2 already where many of them are used."""
+    if not ops.is_native("cuda"):
+        absent["grouped products"] = "this library was built without CUDA kernels"
+        return
+    for both in [*((bits, 16) for bits in args.bits), *args.integer]:
+        product = grouped_product(args, experts, n, k, both)
+        for m in args.m:
+            # Every token goes to top_k experts at random.
+            choice = torch.rand(m, experts, device="cuda").argsort(1)[:, :top_k].flatten()
+            counts = torch.bincount(choice, minlength=experts)
+            offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            read = int((counts > 0).sum()) * n * k * both[0] // 8
+            name = grouped_name(args, both, experts, top_k)
+            contender = Contender(name, read, 1, lambda _, x, run=product, offsets=offsets: run(x, offsets), None)
+            rows.append({"op": name, "n": n, "k": k, "m": m} | timed(contender, k, m * top_k, args.replays))
+        torch.cuda.empty_cache()
+
+
+def grouped_product(
+    args: argparse.Namespace, experts: int, n: int, k: int, both: tuple[int, int]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(x, offsets) -> y, with random weights."""
+    bits, activation_bits = both
+    groups = 1 if activation_bits < 16 or args.group_size == -1 else k // args.group_size
+    packed = torch.randint(0, 256, (experts * n, k * bits // 8), device="cuda", dtype=torch.uint8).view(torch.int32)
+    weight = ops.repack(packed, bits, activation_bits).unflatten(0, (experts, -1))
+    scale = torch.rand(experts, groups, n, device="cuda") * 0.02
+    zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, device="cuda")
+    if activation_bits == 16:
+        return lambda x, offsets: ops.wna16_gemm_grouped(x, offsets, weight, scale, zero, None, bits, args.group_size)
+    col_sum = torch.zeros(experts, n, dtype=torch.int32, device="cuda")
+    channels = (weight, scale[:, 0].contiguous(), zero[:, 0].contiguous(), col_sum)
+
+    def run(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
+        return ops.w4a4_gemm_grouped(*tokens, offsets, *channels, None, bits, x.dtype)
+
+    return run
+
+
+def measure_quantizers(args: argparse.Namespace, k: int, rows: list[dict], absent: dict[str, str]) -> None:
+    if not ops.is_native("cuda"):
+        absent["quantizers"] = "this library was built without CUDA kernels"
+        return
+    weight = torch.ones(k, device="cuda", dtype=torch.bfloat16)
+    for name, (kind, block) in QUANTIZERS.items():
+        for m in args.m:
+            other = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16)
+
+            def run(_, x: torch.Tensor, kind=kind, block=block, other=other) -> torch.Tensor:
+                if kind == "quantize":
+                    return ops.quantize_per_token(x, 4, False, block)[0]
+                if kind == "silu_mul":
+                    return ops.silu_mul_quantize(other, 4, False, block)[0]
+                return ops.rms_norm_quantize(x, other[:, :k], weight, 1e-6, 4, False, block)[0]
+
+            size = m * k * gpu_model.ROW_BYTES[kind]
+            found = timed(Contender(name, size, 1, run, None), k, m, args.replays)
+            rows.append({"op": f"sliderquant {name}", "n": 0, "k": k, "m": m} | found)
 
 
 def copies_of(size: int, cold: int) -> int:
@@ -308,7 +416,14 @@ def expected(row: dict, args: argparse.Namespace) -> dict:
         return {"model_us": sixteen * MICRO, "model_limit": ""}
     if not row["op"].startswith("sliderquant") or row["op"].endswith("plain"):
         return {"model_us": None, "model_limit": ""}
+    if n == 0:
+        quantizer = gpu_model.row_cost(gpu_model.H200, m, k, *QUANTIZERS[row["op"].removeprefix("sliderquant ")])
+        return {"model_us": quantizer * MICRO, "model_limit": ""}
     bits, activations = map(int, row["op"].split("W")[1].split()[0].split("A"))
+    if row["op"].endswith("experts"):
+        top_k, experts = (int(word) for word in row["op"].rpartition(", ")[2].split() if word.isdigit())
+        grouped = gpu_model.grouped_cost(gpu_model.H200, m, n, k, bits, experts, top_k, activations < 16)
+        return {"model_us": grouped * MICRO, "model_limit": ""}
     if activations == 16:
         cost = gpu_model.wna16_cost(gpu_model.H200, m, n, k, bits, args.group_size, not args.symmetric)
     else:
@@ -331,7 +446,7 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         base = baseline.get((row["n"], row["k"], row["m"]))
-        cells = [row["op"], f"{row['n']} x {row['k']}", str(row["m"])]
+        cells = [row["op"], f"{row['n'] or '-'} x {row['k']}", str(row["m"])]
         cells += [f"{row['us']:.1f}", f"{base / row['us']:.2f}" if base else "-"] if row["us"] else ["-", "-"]
         cells += [f"{row['gb_per_s']:.0f}" if row.get("gb_per_s") else "-"]
         cells += [f"{row['error']:.1e}" if row.get("error") is not None else "-"]

@@ -27,16 +27,23 @@ class Machine:
 H200 = Machine("H200", 90, 132, 1.755e9, 4.8e12, 5.5e12, 6.5, 3e-6)
 REDUCE_LAUNCH = 2e-6  # s of the second kernel, which finds everything in L2; a guess
 MEMORY_SHARE = 0.92  # of the data sheet's bandwidth that a long copy reaches
+L2_BYTES = 50 << 20
 QUARTERS = 4  # of an SM, each of which issues one instruction of a warp per cycle
 SHARED_BYTES = 128  # that an SM reads of its shared memory per cycle
 QUANTIZE_LAUNCH = 2e-6  # s of the kernel that quantizes the tokens, which find themselves in L2; a guess
+# Of the kernels of rows.cuh per value: bytes, and instructions as far as the source tells; a butterfly takes two more.
+ROW_BYTES = {"quantize": 2 + 1, "rms_norm": 2 + 2 + 2 + 1, "silu_mul": 2 + 2 + 1}
+ROW_INSTRUCTIONS = {"quantize": 18, "rms_norm": 26, "silu_mul": 45}
 OVERHEAD = 100  # instructions per chunk: copies, addresses, scales, the loop; counted in the machine code of sm_90a
 INTEGER_OVERHEAD = 60  # the same of the integer product
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds that each resource is busy, were it alone; the slowest one and the launches are the time of the op."""
+    """Seconds that each resource is busy, were it alone; the slowest one and the launches are the time of the op.
+
+    ``launches`` counts the kernels before and behind the product too.
+    """
 
     memory: float
     l2: float
@@ -110,8 +117,23 @@ def quad_instructions(bits: int, panels: int, tiles: int) -> float:
     return panels * (expand + vectors) + 4 * panels * tiles + 4 * tiles + INTEGER_OVERHEAD
 
 
-def integer_cost(machine: Machine, m: int, n: int, k: int, bits: int, asymmetric: bool) -> Cost:
-    """Of the integer product, and of quantizing its tokens before."""
+def row_instructions(kind: str, block: int) -> float:
+    """Per value, of quantizing it behind a layer and a Hadamard transform of so many values."""
+    return ROW_INSTRUCTIONS[kind] + (2 * block.bit_length() if block > 1 else 0)
+
+
+def row_cost(machine: Machine, m: int, k: int, kind: str, block: int = 1) -> float:
+    """Seconds of one of the quantizers of rows.cuh, which finds few tokens in L2 and many in memory."""
+    size = m * k * ROW_BYTES[kind]
+    rate = machine.l2 if size < L2_BYTES / 2 else machine.memory * MEMORY_SHARE
+    lanes = min(m * k / 8, machine.processors * QUARTERS * 32)  # a thread has 8 values at least
+    return max(size / rate, m * k * row_instructions(kind, block) / (lanes * machine.clock)) + QUANTIZE_LAUNCH
+
+
+def integer_cost(
+    machine: Machine, m: int, n: int, k: int, bits: int, asymmetric: bool, kind: str = "quantize", block: int = 1
+) -> Cost:
+    """Of the integer product, and of quantizing its tokens before: alone, or with the layer in front of it."""
     plan = ops.host().gpu.plan_integer(m, n, k, bits, machine.arch, machine.processors)
     splits, blocks, panels = plan["splits"], plan["blocks"], plan["panels"]
     tiles = plan["tokens"] // 8 // plan["warps_m"]
@@ -120,21 +142,35 @@ def integer_cost(machine: Machine, m: int, n: int, k: int, bits: int, asymmetric
     token_tiles = -(-m // plan["tokens"])
     x_reads = blocks * chunks_of_block * 128 * min(m, plan["tokens"])
     partial = 2 * 4 * splits * m * n if splits > 1 else 0
-    quantizing = m * k * (2 + 1)
     busiest = -(-blocks // machine.processors)
     warp_chunks = busiest * chunks_of_block * plan["channels"] / (16 * panels) * plan["warps_m"]
     read = 256 * (4 * tiles + bits * panels)  # bytes of shared memory, per warp and chunk
     return Cost(
-        memory=(weights + quantizing + 2 * m * n) / (machine.memory * MEMORY_SHARE),
-        l2=(weights * token_tiles + x_reads + partial + quantizing + 2 * m * n) / machine.l2,
+        memory=(weights + m * k + 2 * m * n) / (machine.memory * MEMORY_SHARE),
+        l2=(weights * token_tiles + x_reads + partial + 2 * m * n) / machine.l2,
         issue=warp_chunks / QUARTERS * quad_instructions(bits, panels, tiles) / machine.clock,
         tensor=warp_chunks / QUARTERS * 4 * panels * tiles * machine.mma_cycles / machine.clock,
-        launches=machine.launch + QUANTIZE_LAUNCH + (REDUCE_LAUNCH if splits > 1 else 0),
+        launches=machine.launch + row_cost(machine, m, k, kind, block) + (REDUCE_LAUNCH if splits > 1 else 0),
         blocks=blocks,
         splits=splits,
         blocks_per_processor=min(plan["blocks_per_processor"], busiest),
         shared=warp_chunks * read / SHARED_BYTES / machine.clock,
     )
+
+
+def active_experts(m: int, experts: int, top_k: int) -> float:
+    """How many have any of m tokens, each of which goes to top_k of them at random."""
+    return experts * (1 - (1 - top_k / experts) ** m)
+
+
+def grouped_cost(machine: Machine, m: int, n: int, k: int, bits: int, experts: int, top_k: int, integer: bool) -> float:
+    """Seconds of a product with a weight per expert at best: the bytes of those that have tokens, or its products."""
+    rows, active = m * top_k, active_experts(m, experts, top_k)
+    moved = active * n * (k * bits / 8 + 9) + rows * (k * (1 if integer else 2) + 2 * n)
+    products = rows * n * k / (16 * 8 * (32 if integer else 16))
+    tensor = products * machine.mma_cycles / (machine.processors * QUARTERS * machine.clock)
+    quantizing = row_cost(machine, rows, k, "quantize") if integer else 0
+    return max(moved / (machine.memory * MEMORY_SHARE), tensor) + machine.launch + quantizing
 
 
 def bf16_cost(machine: Machine, m: int, n: int, k: int) -> float:

@@ -35,6 +35,22 @@ struct Quantize {
   bool symmetric;
 };
 
+// The same of rms_norm(x + residual) * weight, rounded as vLLM's layer does: to 16 bits before the weight and behind it.
+struct RmsNormQuantize {
+  Quantize quantize;
+  const uint16_t* residual;  // [m, k], rows residual_stride apart, or null
+  int64_t residual_stride;
+  uint16_t* sum;           // [m, k]: x + residual, rounded; where there is a residual
+  const uint16_t* weight;  // [k]
+  float epsilon;
+};
+
+// The same of silu(gate) * up, where x is [m, 2 * k], gates before ups: both factors and the product are rounded to 16
+// bits, as vLLM's layer does.
+struct SiluMulQuantize {
+  Quantize quantize;
+};
+
 // y = x with every run of block channels multiplied by the orthonormal Walsh-Hadamard matrix; block is a power of two
 struct Hadamard {
   const void* x;  // [m, k]

@@ -45,6 +45,9 @@ static_assert(kPanelRows == 2 * kVectorRows, "a panel is two 512-bit registers o
 // Every K is a multiple of this, so that every width fills whole periods and every group whole blocks.
 constexpr int kBlockCodes = 32;
 
+// Of Hadamard transforms, as the format has them.
+constexpr int kMostBlock = 4096;
+
 SLIDERQUANT_HOST_DEVICE constexpr bool is_weight_bits(int64_t bits) {
   return bits == 2 || bits == 3 || bits == 4 || bits == 8;
 }

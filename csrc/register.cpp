@@ -157,11 +157,12 @@ const T* data(const Optional& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
 }
 
-// Where the tokens of each expert begin, and where those of the last one end.
+// Where the tokens of each expert begin, and where those of the last one end. A GPU's are not looked at: that would wait
+// for it.
 sliderquant::Experts check_offsets(const Expectation& e, const Tensor& offsets, int64_t m) {
   check(e, "offsets", offsets, ScalarType::Int, {*e.experts + 1});
   const sliderquant::Experts experts = {data<int32_t>(offsets), *e.experts};
-  for (int64_t i = 0; i <= experts.count; ++i) {
+  for (int64_t i = 0; e.like.device().is_cpu() && i <= experts.count; ++i) {
     const int32_t at = experts.offsets[i], least = i > 0 ? experts.offsets[i - 1] : 0;
     if (at < least || at > (i > 0 ? m : 0)) {
       fail(e.op, "offsets: expected to rise from 0 to at most M=", m, "; got ", at, " at ", i, " behind ", least);
@@ -241,6 +242,27 @@ void integer_cuda(const char* op, const Tensor& codes, const sliderquant::Intege
     return sliderquant::cuda::integer_gemm(args, plan, workspace, device, stream);
   });
 }
+
+void wna16_grouped_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args,
+                        const sliderquant::Experts& experts) {
+  check_aligned(op, "w_packed", args.w);
+  const int device = x.device().index();
+  const auto plan = sliderquant::cuda::plan_grouped(args, experts.count, device);
+  run_planned<float>(op, x, ScalarType::Float, plan, args.m, args.n, [&](float* workspace, uintptr_t stream) {
+    return sliderquant::cuda::wna16_grouped(args, experts, plan, workspace, device, stream);
+  });
+}
+
+void integer_grouped_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args,
+                          const sliderquant::Experts& experts) {
+  check_aligned(op, "w_packed", args.w);
+  check_aligned(op, "codes", args.codes);
+  const int device = codes.device().index();
+  const auto plan = sliderquant::cuda::plan_grouped(args, experts.count, device);
+  run_planned<uint32_t>(op, codes, ScalarType::Int, plan, args.m, args.n, [&](uint32_t* workspace, uintptr_t stream) {
+    return sliderquant::cuda::integer_gemm_grouped(args, experts, plan, workspace, device, stream);
+  });
+}
 #define SLIDERQUANT_LAUNCH(kernel) sliderquant::cuda::kernel
 #else
 template <class Args>
@@ -254,6 +276,15 @@ void wna16_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args)
 
 void integer_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args) {
   run_cuda(op, args, codes.device().index(), nullptr);
+}
+
+void wna16_grouped_cuda(const char* op, const Tensor& x, const sliderquant::Wna16& args, const sliderquant::Experts&) {
+  wna16_cuda(op, x, args);
+}
+
+void integer_grouped_cuda(const char* op, const Tensor& codes, const sliderquant::IntegerGemm& args,
+                          const sliderquant::Experts&) {
+  integer_cuda(op, codes, args);
 }
 #define SLIDERQUANT_LAUNCH(kernel) nullptr
 #endif
@@ -301,10 +332,14 @@ Tensor wna16(const char* op, const Tensor* offsets, const Tensor& x, const Tenso
       .group = group,
       .bits = static_cast<int>(bits),
   };
-  if (grouped) {
-    sliderquant::cpu::wna16_grouped(args, experts, run_parallel);
-  } else if (x.device().is_cpu()) {
-    sliderquant::cpu::kernels().wna16(args, sliderquant::cpu::all_panels(n), run_parallel);
+  if (x.device().is_cpu()) {
+    if (grouped) {
+      sliderquant::cpu::wna16_grouped(args, experts, run_parallel);
+    } else {
+      sliderquant::cpu::kernels().wna16(args, sliderquant::cpu::all_panels(n), run_parallel);
+    }
+  } else if (grouped) {
+    wna16_grouped_cuda(op, x, args, experts);
   } else {
     wna16_cuda(op, x, args);
   }
@@ -321,47 +356,117 @@ Tensor wna16_gemm_grouped(const Tensor& x, const Tensor& offsets, const Tensor& 
   return wna16("wna16_gemm_grouped", &offsets, x, w_packed, scale, zero, bias, bits, group_size);
 }
 
-void check_block(const char* op, int64_t block, int64_t k) {
+void check_block(const char* op, const Tensor& x, int64_t block, int64_t k) {
   if (block < 1 || (block & (block - 1)) != 0 || k % block != 0) {
     fail(op, "block_size: expected a power of 2 that divides K=", k, "; got ", block);
   }
+  if (block > layout::kMostBlock && !x.device().is_cpu()) {
+    fail(op, "block_size: expected at most ", layout::kMostBlock, " on GPUs; got ", block);
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, bool symmetric,
-                                                              int64_t block) {
-  const char* op = "quantize_per_token";
-  const Float type = check_input(op, x);
-  if (bits < 2 || bits > 8) fail(op, "bits: expected 2 to 8; got ", bits);
-  const int64_t m = x.size(0), k = x.size(1);
-  if (k <= 0) fail(op, "x: expected at least one column; got ", describe(x));
-  check_block(op, block, k);
-  if (block > 1 && !x.device().is_cpu()) fail(op, "block_size: on GPUs call hadamard first; expected 1, got ", block);
-  const Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Byte);
-  const Tensor scale = torch::stable::new_empty(x, {m}, ScalarType::Float);
-  const Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
-  const Tensor row_sum = torch::stable::new_empty(x, {m}, ScalarType::Int);
-  if (m > 0) {
-    const sliderquant::Quantize args = {
+// What a quantizer of rows returns, and what it is told; x is [m, k], or [m, 2 * k] where it holds gates and ups.
+struct Quantized {
+  Tensor codes, scale, zero, row_sum;
+  sliderquant::Quantize args;
+
+  Quantized(const char* op, const Tensor& x, int64_t k, int64_t bits, bool symmetric, int64_t block)
+      : codes(torch::stable::new_empty(x, {x.size(0), k}, ScalarType::Byte)),
+        scale(torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float)),
+        zero(torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int)),
+        row_sum(torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int)) {
+    if (bits < 2 || bits > 8) fail(op, "bits: expected 2 to 8; got ", bits);
+    check_block(op, x, block, k);
+    args = {
         .x = data<uint16_t>(x),
-        .x_type = type,
+        .x_type = check_input(op, x),
         .x_stride = x.stride(0),
         .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
         .scale = static_cast<float*>(scale.mutable_data_ptr()),
         .zero = static_cast<int32_t*>(zero.mutable_data_ptr()),
         .row_sum = static_cast<int32_t*>(row_sum.mutable_data_ptr()),
-        .m = m,
+        .m = x.size(0),
         .k = k,
         .block = block,
         .bits = static_cast<int>(bits),
         .symmetric = symmetric,
     };
+  }
+};
+
+// The channels of x, [M, K] or [M, 2 * K].
+int64_t check_rows(const char* op, const Tensor& x, bool gated) {
+  check_input(op, x);
+  const int64_t k = x.size(1);
+  if (k > INT32_MAX) fail(op, "x: expected fewer than 2^31 columns; got ", describe(x));
+  if (gated && k % 2 != 0) fail(op, "x: expected [M, 2 * K]; got ", describe(x));
+  if (k <= 0) fail(op, "x: expected at least one column; got ", describe(x));
+  return gated ? k / 2 : k;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, bool symmetric,
+                                                              int64_t block) {
+  const char* op = "quantize_per_token";
+  const Quantized made(op, x, check_rows(op, x, false), bits, symmetric, block);
+  if (x.size(0) > 0) {
     if (x.device().is_cpu()) {
-      sliderquant::cpu::kernels().quantize(args, run_parallel);
+      sliderquant::cpu::kernels().quantize(made.args, run_parallel);
     } else {
-      run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(quantize));
+      run_cuda(op, made.args, x.device().index(), SLIDERQUANT_LAUNCH(quantize));
     }
   }
-  return {codes, scale, zero, row_sum};
+  return {made.codes, made.scale, made.zero, made.row_sum};
+}
+
+// x and residual [M, K], weight [K] -> the same of their normalized sum, and the sum, which is empty without a residual
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Optional& residual,
+                                                                     const Tensor& weight, double epsilon,
+                                                                     int64_t bits, bool symmetric, int64_t block) {
+  const char* op = "rms_norm_quantize";
+  const int64_t m = x.dim() == 2 ? x.size(0) : 0, k = check_rows(op, x, false);
+  const Expectation e = {op, " for K=" + std::to_string(k), x};
+  check(e, "weight", weight, x.scalar_type(), {k});
+  if (residual.has_value()) {
+    const auto& r = *residual;
+    if (r.dim() != 2 || r.size(0) != m || r.size(1) != k || r.scalar_type() != x.scalar_type() ||
+        r.device() != x.device() || (k > 1 && r.stride(1) != 1)) {
+      fail(op, "residual: expected ", describe(x), " like x, with unit stride along K; got ", describe(r));
+    }
+  }
+  const Quantized made(op, x, k, bits, symmetric, block);
+  const Tensor sum = torch::stable::new_empty(x, {residual.has_value() ? m : 0, k});
+  if (m > 0) {
+    const sliderquant::RmsNormQuantize args = {
+        .quantize = made.args,
+        .residual = data<uint16_t>(residual),
+        .residual_stride = residual.has_value() ? residual->stride(0) : 0,
+        .sum = static_cast<uint16_t*>(sum.mutable_data_ptr()),
+        .weight = data<uint16_t>(weight),
+        .epsilon = static_cast<float>(epsilon),
+    };
+    if (x.device().is_cpu()) {
+      sliderquant::cpu::kernels().rms_norm_quantize(args, run_parallel);
+    } else {
+      run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(rms_norm_quantize));
+    }
+  }
+  return {made.codes, made.scale, made.zero, made.row_sum, sum};
+}
+
+// x [M, 2 * K], gates before ups -> the same of silu(gate) * up
+std::tuple<Tensor, Tensor, Tensor, Tensor> silu_mul_quantize(const Tensor& x, int64_t bits, bool symmetric,
+                                                             int64_t block) {
+  const char* op = "silu_mul_quantize";
+  const Quantized made(op, x, check_rows(op, x, true), bits, symmetric, block);
+  if (x.size(0) > 0) {
+    const sliderquant::SiluMulQuantize args = {made.args};
+    if (x.device().is_cpu()) {
+      sliderquant::cpu::kernels().silu_mul_quantize(args, run_parallel);
+    } else {
+      run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(silu_mul_quantize));
+    }
+  }
+  return {made.codes, made.scale, made.zero, made.row_sum};
 }
 
 // With one weight, or with those of several experts where there are offsets.
@@ -417,10 +522,14 @@ Tensor w4a4(const char* op, const Tensor* offsets, const Tensor& codes, const Te
       .k = k,
       .bits = static_cast<int>(weight_bits),
   };
-  if (grouped) {
-    sliderquant::cpu::integer_gemm_grouped(args, experts, run_parallel);
-  } else if (codes.device().is_cpu()) {
-    sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
+  if (codes.device().is_cpu()) {
+    if (grouped) {
+      sliderquant::cpu::integer_gemm_grouped(args, experts, run_parallel);
+    } else {
+      sliderquant::cpu::kernels().integer_gemm(args, sliderquant::cpu::all_panels(n), run_parallel);
+    }
+  } else if (grouped) {
+    integer_grouped_cuda(op, codes, args, experts);
   } else {
     integer_cuda(op, codes, args);
   }
@@ -445,7 +554,7 @@ Tensor hadamard(const Tensor& x, int64_t block) {
   const Float type = float_type(op, "x", x.scalar_type(), true);
   if (x.dim() < 1) fail(op, "x: expected [..., K]; got ", describe(x));
   const int64_t k = x.size(x.dim() - 1);
-  check_block(op, block, k);
+  check_block(op, x, block, k);
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor y = torch::stable::empty_like(rows);
   if (x.numel() > 0) {
@@ -457,7 +566,11 @@ Tensor hadamard(const Tensor& x, int64_t block) {
         .k = k,
         .block = block,
     };
-    sliderquant::cpu::kernels().hadamard(args, run_parallel);
+    if (x.device().is_cpu()) {
+      sliderquant::cpu::kernels().hadamard(args, run_parallel);
+    } else {
+      run_cuda(op, args, x.device().index(), SLIDERQUANT_LAUNCH(hadamard));
+    }
   }
   return y;
 }
@@ -579,7 +692,12 @@ std::tuple<Tensor, Tensor> fake_quantize_weight_backward(const Tensor& grad, con
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("wna16_gemm", TORCH_BOX(&wna16_gemm));
   library.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+  library.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
+  library.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
+  library.impl("hadamard", TORCH_BOX(&hadamard));
   library.impl("w4a4_gemm", TORCH_BOX(&w4a4_gemm));
+  library.impl("wna16_gemm_grouped", TORCH_BOX(&wna16_gemm_grouped));
+  library.impl("w4a4_gemm_grouped", TORCH_BOX(&w4a4_gemm_grouped));
   library.impl("repack", TORCH_BOX(&repack));
 }
 
@@ -591,6 +709,11 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
       "-> Tensor");
   library.def(
       "quantize_per_token(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float epsilon, int bits, bool symmetric, "
+      "int block_size=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "silu_mul_quantize(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("hadamard(Tensor x, int block_size) -> Tensor");
   library.def(
       "w4a4_gemm(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, Tensor? zw, "
@@ -609,12 +732,9 @@ STABLE_TORCH_LIBRARY(sliderquant, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(sliderquant, CPU, library) {
   implement(library);
-  library.impl("hadamard", TORCH_BOX(&hadamard));
   library.impl("column_sums", TORCH_BOX(&column_sums));
   library.impl("fake_quantize_weight", TORCH_BOX(&fake_quantize_weight));
   library.impl("fake_quantize_weight_backward", TORCH_BOX(&fake_quantize_weight_backward));
-  library.impl("wna16_gemm_grouped", TORCH_BOX(&wna16_gemm_grouped));
-  library.impl("w4a4_gemm_grouped", TORCH_BOX(&w4a4_gemm_grouped));
 }
 
 #ifdef SLIDERQUANT_CUDA

@@ -25,6 +25,11 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 try:
+    from vllm.compilation.passes.inductor_pass import InductorPass
+except ImportError:
+    from vllm.compilation.inductor_pass import InductorPass
+
+try:
     from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts, apply_moe_activation
 
     # Those that take all gates first, then all ups.
@@ -41,6 +46,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "FusedMoeWeightScaleSupported",
     "GroupQuantScaleParameter",
+    "InductorPass",
     "LinearBase",
     "LinearMethodBase",
     "PackedColumnParameter",
@@ -49,6 +55,7 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "activate_experts",
+    "add_graph_pass",
     "experts_problem",
     "register_weight_loader_v2_supported_method",
     "serving_options",
@@ -66,10 +73,22 @@ def weights_are_random() -> bool:
     return config is not None and config.load_config.load_format == "dummy"
 
 
+def add_graph_pass(graph_pass: InductorPass) -> None:
+    """Let a pass run over the compiled graphs of the model that is being built, unless a user has one there.
+
+    The place is that of ``--compilation-config '{"inductor_passes": {...}}'``, which vLLM reads once a model is built.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is not None:
+        key = getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
+        config.compilation_config.inductor_compile_config.setdefault(key, graph_pass)
+
+
 def experts_problem(layer: RoutedExperts) -> str | None:
     """Why the routed experts of a layer cannot be served quantized; None where they can."""
-    if not current_platform.is_cpu():
-        return f"quantized experts are served on CPUs only so far, found {current_platform.device_name}"
+    # Not yet run on a GPU: there is nothing in moe.py that asks for a device, and the ops have one schema for all.
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return f"quantized experts are served on CPUs and CUDA GPUs, found {current_platform.device_name}"
     if layer.activation not in GATED_ACTIVATIONS or layer.swiglu_limit is not None:
         served = ", ".join(activation.value for activation in GATED_ACTIVATIONS)
         limit = "" if layer.swiglu_limit is None else f" with limit {layer.swiglu_limit}"

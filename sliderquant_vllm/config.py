@@ -83,7 +83,7 @@ class SliderQuantConfig(QuantizationConfig):
                 layer cannot be served quantized.
         """
         # Here, because importing the layers is slow and register() runs in every process.
-        from sliderquant_vllm import compat, linear, moe
+        from sliderquant_vllm import compat, fusion, linear, moe
 
         if isinstance(layer, compat.LinearBase):
             scheme = self.checkpoint.scheme_for_fused(prefix, self._fused())
@@ -92,6 +92,8 @@ class SliderQuantConfig(QuantizationConfig):
             self._check_sizes(prefix, layer.output_size, layer.input_size)
             if compat.serving_options()["int8_activations"]:
                 scheme = self._with_int8_activations(prefix, scheme)
+            if scheme.activations is not None:
+                compat.add_graph_pass(fusion.QuantizerFusion())
             return linear.SliderQuantLinearMethod(scheme, prefix, self._biases(prefix))
         if isinstance(layer, compat.ParallelLMHead) and self.checkpoint.scheme_for(prefix) is not None:
             raise format.FormatError(

@@ -32,6 +32,9 @@ SCHEMAS = {
     "wna16_gemm": "(Tensor x, Tensor w_packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
     "int group_size) -> Tensor",
     "quantize_per_token": "(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rms_norm_quantize": "(Tensor x, Tensor? residual, Tensor weight, float epsilon, int bits, bool symmetric, "
+    "int block_size=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "silu_mul_quantize": "(Tensor x, int bits, bool symmetric, int block_size=1) -> (Tensor, Tensor, Tensor, Tensor)",
     "hadamard": "(Tensor x, int block_size) -> Tensor",
     "w4a4_gemm": "(Tensor codes, Tensor sa, Tensor za, Tensor row_sum, Tensor w_packed, Tensor sw, "
     "Tensor? zw, Tensor col_sum, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
@@ -62,6 +65,8 @@ def load() -> None:
     references = {
         "wna16_gemm": wna16_gemm_reference,
         "quantize_per_token": quantize_per_token_reference,
+        "rms_norm_quantize": rms_norm_quantize_reference,
+        "silu_mul_quantize": silu_mul_quantize_reference,
         "hadamard": hadamard_reference,
         "w4a4_gemm": w4a4_gemm_reference,
         "wna16_gemm_grouped": wna16_gemm_grouped_reference,
@@ -193,14 +198,47 @@ def quantize_per_token(x, bits: int, symmetric: bool, block_size: int = 1) -> tu
     ``code = clamp(rint(x / scale) + zero, 0, 2**bits - 1)``. A row of zeros gets scale 1.
 
     Args:
-        block_size: above 1, x is transformed before as ``hadamard`` has it; on CPUs without rounding in between.
+        block_size: above 1, x is transformed before as ``hadamard`` has it, without rounding in between.
 
     Returns:
         codes uint8 [M, K], scale fp32 [M], zero int32 [M], row_sum int32 [M] (the sum of the row's codes).
     """
-    if block_size > 1 and x.is_cuda:
-        x, block_size = hadamard(x, block_size), 1
     return torch.ops.sliderquant.quantize_per_token(x, bits, symmetric, block_size)
+
+
+def rms_norm_quantize(
+    x, residual, weight, epsilon: float, bits: int, symmetric: bool, block_size: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """``quantize_per_token`` of what vLLM's RMSNorm makes of ``x + residual``, in one pass.
+
+    Rounded as there: the sum is fp32, its multiple by ``1 / sqrt(mean of squares + epsilon)`` is rounded to the dtype
+    of x before the weight and behind it. The kernels add squares in another order than torch: a value half-way between
+    two 16-bit floats may go to the other one, and its code with it.
+
+    Args:
+        residual: like x, or None for the norm of x alone.
+        weight: [K] in the dtype of x.
+
+    Returns:
+        codes uint8 [M, K], scale fp32 [M], zero int32 [M], row_sum int32 [M], and ``x + residual`` in the dtype of x,
+        the residual of the next layer; [0, K] without a residual.
+    """
+    return torch.ops.sliderquant.rms_norm_quantize(x, residual, weight, epsilon, bits, symmetric, block_size)
+
+
+def silu_mul_quantize(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
+    """``quantize_per_token`` of what vLLM's SiluAndMul makes of x, in one pass.
+
+    Rounded as there, to the dtype of x: ``silu(gate)``, and its product with ``up``. The kernels have another
+    exponential than torch: a value half-way between two 16-bit floats may go to the other one, and its code with it.
+
+    Args:
+        x: [M, 2 * K], all gates before all ups.
+
+    Returns:
+        codes uint8 [M, K], scale fp32 [M], zero int32 [M], row_sum int32 [M].
+    """
+    return torch.ops.sliderquant.silu_mul_quantize(x, bits, symmetric, block_size)
 
 
 def hadamard(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -244,7 +282,7 @@ def wna16_gemm_grouped(x, offsets, w_packed, scale, zero, bias, bits: int, group
     """``wna16_gemm`` with a weight per expert: the rows [offsets[e], offsets[e + 1]) of x meet expert e.
 
     Args:
-        offsets: int32 [E + 1], rising from 0 to at most M.
+        offsets: int32 [E + 1], rising from 0 to at most M; on GPUs, which would have to be waited for, unchecked.
         w_packed: of all experts, stacked; so are scale [E, G, N], zero and bias.
 
     Returns:
@@ -286,6 +324,22 @@ def quantize_per_token_reference(x, bits: int, symmetric: bool, block_size: int 
         zero = torch.round(-low / scale)
     codes = (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, max_code)
     return codes.to(torch.uint8), scale, zero.to(torch.int32), codes.sum(1).to(torch.int32)
+
+
+def rms_norm_quantize_reference(
+    x, residual, weight, epsilon: float, bits: int, symmetric: bool, block_size: int = 1
+) -> tuple[torch.Tensor, ...]:
+    wide, total = x.to(torch.float32), x.new_empty(0, x.shape[1])
+    if residual is not None:
+        wide = wide + residual
+        total = wide.to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
+    return *quantize_per_token_reference(normed, bits, symmetric, block_size), total
+
+
+def silu_mul_quantize_reference(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
+    gate, up = x.chunk(2, -1)
+    return quantize_per_token_reference(torch.nn.functional.silu(gate) * up, bits, symmetric, block_size)
 
 
 def hadamard_reference(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -382,6 +436,15 @@ def _fake_quantize_per_token(x, bits, symmetric, block_size=1):
     )
 
 
+def _fake_rms_norm_quantize(x, residual, weight, epsilon, bits, symmetric, block_size=1):
+    total = x.new_empty(0 if residual is None else x.shape[0], x.shape[1])
+    return *_fake_quantize_per_token(x, bits, symmetric), total
+
+
+def _fake_silu_mul_quantize(x, bits, symmetric, block_size=1):
+    return _fake_quantize_per_token(x[:, : x.shape[1] // 2], bits, symmetric)
+
+
 def _fake_hadamard(x, block_size):
     return x.new_empty(x.shape)
 
@@ -401,6 +464,8 @@ def _fake_w4a4_gemm_grouped(codes, sa, za, row_sum, offsets, w_packed, sw, zw, c
 _FAKES = {
     "wna16_gemm": _fake_wna16_gemm,
     "quantize_per_token": _fake_quantize_per_token,
+    "rms_norm_quantize": _fake_rms_norm_quantize,
+    "silu_mul_quantize": _fake_silu_mul_quantize,
     "hadamard": _fake_hadamard,
     "w4a4_gemm": _fake_w4a4_gemm,
     "wna16_gemm_grouped": _fake_wna16_gemm_grouped,

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../csrc/cuda/integer_gemm.cuh"
-#include "../csrc/cuda/quantize.cuh"
 #include "../csrc/cuda/repack.cuh"
 #include "../csrc/cuda/sm80_integer.cuh"
 #include "../csrc/cuda/sm80_wna16.cuh"
@@ -153,13 +152,6 @@ const char* emulate_sm80_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride
   const auto of_type = fp16 ? emulate_sm80<Float::kFp16> : emulate_sm80<Float::kBf16>;
   error = of_type(a, tiles, static_cast<int>(splits), static_cast<uint64_t>(seed));
   return error.c_str();
-}
-
-void emulate_quantize(const uint16_t* x, int64_t fp16, int64_t x_stride, uint8_t* codes, float* scale, int32_t* zero,
-                      int32_t* row_sum, int64_t m, int64_t k, int64_t bits, int64_t symmetric) {
-  emulate<cuda::QuantizeKernel>(
-      {x, fp16 ? Float::kFp16 : Float::kBf16, x_stride, codes, scale, zero, row_sum, m, k, 1,
-       static_cast<int>(bits), symmetric != 0});
 }
 
 void emulate_integer_gemm(const uint8_t* codes, const float* sa, const int32_t* za, const int32_t* row_sum,

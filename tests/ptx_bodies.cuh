@@ -100,6 +100,19 @@ struct Add2 {
   }
 };
 
+// Two 16-bit floats to fp32, and their quotient and product with another two back.
+template <Float kType>
+struct Convert {
+  SLIDERQUANT_DEVICE static void run(const Words& words, int lane, char*) {
+    const Vec4 a = ptx::load(reinterpret_cast<const Vec4*>(words.a + 4 * lane));
+    for (int i = 0; i < 4; ++i) {
+      float low, high;
+      ptx::widen2<kType>(a.v[i], low, high);
+      put(words, lane, i, ptx::narrow2<kType>(low * 1.0009765625f, ptx::divide_fast(high, 2)));
+    }
+  }
+};
+
 // Lanes draw tickets and add them up: whole numbers, so that their sum does not depend on the order.
 struct atomics {
   SLIDERQUANT_DEVICE static void run(const Words& words, int lane, char*) {
@@ -122,9 +135,12 @@ using mma_u8s8 = MmaInt8<false, true>;
 using mma_u8u8 = MmaInt8<false, false>;
 using add2_bf16 = Add2<Float::kBf16>;
 using add2_fp16 = Add2<Float::kFp16>;
+using convert_bf16 = Convert<Float::kBf16>;
+using convert_fp16 = Convert<Float::kFp16>;
 
 #define SLIDERQUANT_PTX_BODIES(VISIT)                                                                         \
   VISIT(mma_bf16) VISIT(mma_fp16) VISIT(mma_s8s8) VISIT(mma_s8u8) VISIT(mma_u8s8) VISIT(mma_u8u8) VISIT(ldmatrix) \
-  VISIT(cp_async) VISIT(integers) VISIT(add2_bf16) VISIT(add2_fp16) VISIT(atomics)
+  VISIT(cp_async) VISIT(integers) VISIT(add2_bf16) VISIT(add2_fp16) VISIT(atomics)                                  \
+  VISIT(convert_bf16) VISIT(convert_fp16)
 
 }  // namespace sliderquant::cuda::selftest

@@ -27,6 +27,8 @@ BODIES = {
     "add2_bf16": "(HFMA2|HADD2).BF16",
     "add2_fp16": "HADD2",
     "atomics": "ATOMG",
+    "convert_bf16": r"F2FP\.BF16",
+    "convert_fp16": r"F2FP\.(F16|PACK)",
 }
 
 
@@ -99,7 +101,7 @@ def operands(name: str, seed: int) -> list[torch.Tensor]:
         values = torch.randint(-96, 97, (*shape[:-1], 2 * shape[-1]), generator=generator) / 8
         return values.to(dtype).view(torch.int32)
 
-    if name.startswith("add2"):
+    if name.startswith(("add2", "convert")):
         return [halves(32, 4), words(32, 2), halves(32, 4)]
     if name in ("mma_bf16", "mma_fp16"):
         return [halves(32, 4), halves(32, 2), (torch.randint(-99, 99, (32, 4)) / 4).float().view(torch.int32)]
@@ -138,6 +140,9 @@ def expected(emulator, name: str, a, b, c) -> torch.Tensor:
     if name.startswith("add2"):
         dtype = torch.bfloat16 if name == "add2_bf16" else torch.float16
         return (a.view(dtype) + c.view(dtype)).view(torch.int32)
+    if name.startswith("convert"):
+        dtype = torch.bfloat16 if name == "convert_bf16" else torch.float16
+        return (a.view(dtype).float() * torch.tensor([1.0009765625, 0.5]).repeat(4)).to(dtype).view(torch.int32)
     lanes = torch.arange(32)
     if name == "cp_async":
         second = torch.where((lanes % 2 == 0)[:, None], c, torch.zeros_like(c))

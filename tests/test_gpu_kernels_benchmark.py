@@ -15,12 +15,14 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures whe
 @without_gpu
 def test_prints_the_model_alone(tmp_path, capsys):
     target = tmp_path / "times.json"
-    sizes = ["--shapes", "4096x4096", "--m", "1", "64", "--bits", "4", "--integer", "4x8"]
+    sizes = ["--shapes", "4096x4096", "--m", "1", "64", "--bits", "4", "--integer", "4x8", "--experts", "8x2x512x256"]
     gpu_kernels.main([*sizes, "--json", str(target)])
     text = capsys.readouterr().out
     assert "nothing is measured" in text and "model, not measured" in text
     found = json.loads(target.read_text())
-    assert found["gpu"] is None and len(found["rows"]) == 4
+    # Two tokens of two products, of two with a weight per expert, and of the quantizers
+    assert found["gpu"] is None and len(found["rows"]) == 4 + 4 + 2 * len(gpu_kernels.QUANTIZERS)
+    assert "2 of 8 experts | 512 x 256" in text and "rms_norm_quantize, residual | - x 4096" in text
     assert all(row["us"] is None and row["model_us"] > 0 for row in found["rows"])
 
 
@@ -58,6 +60,23 @@ def test_widths_of_an_integer_product():
     for text in ("4", "4x9", "5x4"):
         with pytest.raises(gpu_kernels.argparse.ArgumentTypeError, match=text):
             gpu_kernels.widths(text)
+
+
+def test_sizes_of_experts():
+    assert gpu_kernels.experts_shape("128x8x1536x2048") == (128, 8, 1536, 2048)
+    for text in ("128x8", "8x9x64x128", "8x2x64x100"):
+        with pytest.raises(gpu_kernels.argparse.ArgumentTypeError, match=text):
+            gpu_kernels.experts_shape(text)
+
+
+def test_the_model_of_quantizers():
+    cost = gpu_model.row_cost
+    alone = cost(gpu_model.H200, 2048, 14336, "quantize")
+    assert alone > 2048 * 14336 * 3 / gpu_model.H200.memory
+    assert cost(gpu_model.H200, 1, 4096, "quantize") < 1.2 * gpu_model.QUANTIZE_LAUNCH
+    assert cost(gpu_model.H200, 2048, 14336, "silu_mul", 128) > alone
+    assert gpu_model.active_experts(1, 128, 8) == pytest.approx(8)
+    assert gpu_model.active_experts(10**4, 8, 2) == pytest.approx(8)
 
 
 def test_the_model_is_no_faster_than_memory():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -105,19 +107,95 @@ def test_wna16_gemm_names_a_wrong_override(monkeypatch):
         check_wna16_gemm(4, torch.bfloat16, ODD_SHAPES[0])
 
 
+# M, K, block size: ragged and whole runs, every way in which a transform is shared out, rows longer than a block holds.
+ROWS = (
+    (0, 64, 1),
+    (1, 5, 1),
+    (33, 640, 128),
+    (700, 1056, 32),
+    (1, 4096, 1),
+    (3, 4096, 4096),
+    (2048, 4096, 256),
+    (5, 14336, 2048),
+    (3, 28672, 4096),
+    (65536, 512, 512),
+)
+
+
+def assert_equal_on_cpu(found, expected, case) -> None:
+    for name, one, two in zip(("codes", "scale", "zero", "row_sum"), found, expected, strict=False):
+        assert torch.equal(one.cpu(), two), (name, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-def test_quantize_per_token(symmetric):
-    x = torch.randn(33, 640).to(torch.bfloat16)
-    found = torch.ops.sliderquant.quantize_per_token(x.cuda(), 4, symmetric)
-    expected = ops.quantize_per_token_reference(x, 4, symmetric)
-    assert all(torch.equal(one.cpu(), two) for one, two in zip(found, expected, strict=True))
+def test_quantizer_is_that_of_the_cpu_bit_for_bit(symmetric, dtype):
+    for case, (m, k, block) in enumerate(ROWS):
+        x = torch.randn(m, k + 8).to(dtype)
+        x = x[:, :k].contiguous() if case % 2 else x[:, 3 : k + 3]  # rows that 16-byte reads can take, and others
+        for bits in (4, 8):
+            found = ops.quantize_per_token(x.cuda(), bits, symmetric, block)
+            assert_equal_on_cpu(found, ops.quantize_per_token(x, bits, symmetric, block), (m, k, block, bits))
 
 
-@pytest.mark.parametrize("block_size", [32, 128, 512])
-def test_hadamard(block_size):
-    x = torch.randn(33, 1024).to(torch.bfloat16)
-    y = torch.ops.sliderquant.hadamard(x.cuda(), block_size)
-    assert relative_error(y.cpu(), ops.hadamard_reference(x.double(), block_size)) < 4e-3
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_hadamard_is_that_of_the_cpu_bit_for_bit(dtype):
+    for m, k, block in ROWS:
+        x = torch.randn(m, k).to(dtype)
+        assert torch.equal(ops.hadamard(x.cuda(), block).cpu(), ops.hadamard(x, block)), (m, k, block)
+
+
+def assert_same_but_half_way(found, expected, case) -> None:
+    """As in test_ops_fused.py: one value in thousands goes to the next 16-bit float."""
+    found = [tensor.cpu() for tensor in found]
+    same = ((found[1] / expected[1] - 1).abs() < 1e-5) & (found[2] == expected[2])
+    assert (~same).sum() <= 1 + 0.05 * len(same) and ((found[1] / expected[1] - 1).abs() < 2**-6).all(), case
+    away = (found[0][same].int() - expected[0][same].int()).abs()
+    assert away.numel() == 0 or (away.max() <= 1 and (away > 0).float().mean() < 2e-3), case
+    assert torch.equal(found[3], found[0].sum(1, dtype=torch.int32)), case
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_quantizers_that_are_fused_with_a_layer(dtype):
+    for case, (m, k, block) in enumerate(ROWS):
+        x, residual = torch.randn(m, 2 * k).to(dtype), torch.randn(m, k).to(dtype) if case % 2 else None
+        weight = (torch.rand(k) + 0.5).to(dtype)
+        expected = ops.silu_mul_quantize(x, 4, False, block)
+        assert_same_but_half_way(ops.silu_mul_quantize(x.cuda(), 4, False, block), expected, (m, k, block))
+        # Half a row of what belongs to another matrix: its stride is not its width.
+        *found, total = ops.rms_norm_quantize(*on_gpu(x[:, :k], residual, weight), 1e-6, 4, False, block)
+        *expected, expected_total = ops.rms_norm_quantize(x[:, :k], residual, weight, 1e-6, 4, False, block)
+        assert torch.equal(total.cpu(), expected_total)
+        assert_same_but_half_way(found, expected, (m, k, block))
+
+
+def test_quantizers_repeat_bit_by_bit_and_from_a_graph():
+    x, weight = torch.randn(9, 2 * 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
+
+    def layers() -> list[torch.Tensor]:
+        return [
+            *ops.quantize_per_token(x, 4, False, 1024),
+            *ops.rms_norm_quantize(x[:, :2048], x[:, 2048:], weight, 1e-6, 4, False),
+            *ops.silu_mul_quantize(x, 4, False, 512),
+            ops.hadamard(x, 4096),
+        ]
+
+    expected = layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layers()
+    for _ in range(3):
+        for tensor in found:
+            tensor.zero_()
+        graph.replay()
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_a_transform_that_no_format_has_is_refused():
+    x = torch.randn(1, 8192, device="cuda").bfloat16()
+    with pytest.raises(RuntimeError, match="block_size: expected at most 4096 on GPUs; got 8192"):
+        ops.hadamard(x, 8192)
 
 
 # Values of SLIDERQUANT_CUDA_INTEGER; empty: what the dispatch chooses.
@@ -185,13 +263,76 @@ def test_w4a4_gemm_names_a_wrong_override_and_a_wrong_address(monkeypatch):
         torch.ops.sliderquant.w4a4_gemm(codes.clone(), *rest, torch.float32)
 
 
-def test_grouped_products_are_those_of_each_expert():
-    weights = [random_weight(130, 256, 4, 32, symmetric=False, seed=seed) for seed in range(3)]
-    parts = [on_gpu(ops.repack(weight.packed.cuda(), 4), weight.scale, weight.zero) for weight in weights]
-    offsets = torch.tensor([0, 5, 5, 9], dtype=torch.int32).cuda()
-    x = torch.randn(11, 256).bfloat16().cuda()
-    stacked = [torch.stack(part) for part in zip(*parts, strict=True)]
-    y = torch.ops.sliderquant.wna16_gemm_grouped(x, offsets, *stacked, None, 4, 32)
-    for (begin, end), part in zip(((0, 5), (5, 9)), (parts[0], parts[2]), strict=True):
-        assert torch.equal(y[begin:end], torch.ops.sliderquant.wna16_gemm(x[begin:end], *part, None, 4, 32))
-    assert not y[9:].any()
+# Tokens of each expert, and those behind them that meet none.
+SPREADS = (((1, 1, 1, 1), 0), ((0, 3, 0, 70, 0, 13), 0), ((0,) * 40 + (300, 2), 5), ((0, 0, 0), 9))
+
+
+def offsets_of(loads: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor((0, *loads)).cumsum(0).to(torch.int32)
+
+
+def stacked_on_gpu(parts) -> list:
+    return on_gpu(*(None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("kernel", ["", "sm80:tokens=8:splits=3", "sm80:tokens=32", "sm80:tokens=64:splits=2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wna16_gemm_grouped(monkeypatch, bits, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", kernel)
+    for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
+        weights = [random_weight(n, k, bits, 64, symmetric=False, seed=seed) for seed in range(4)]
+        weights = [weights[expert % 4] for expert in range(len(loads))]
+        parts = [(ops.repack(weight.packed.cuda(), bits).cpu(), weight.scale, weight.zero) for weight in weights]
+        operands, offsets, m = stacked_on_gpu(parts), offsets_of(loads), sum(loads) + rest
+        x = torch.randn(m, k).bfloat16().cuda()
+        y = ops.wna16_gemm_grouped(x, offsets.cuda(), *operands, None, bits, 64)
+        assert not y[int(offsets[-1]) :].any()
+        for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if begin == end:
+                continue
+            own = ops.wna16_gemm(x[begin:end], *(tensor[expert] for tensor in operands), None, bits, 64)
+            exact = x[begin:end].double().cpu() @ weights[expert].dense.T
+            assert relative_error(y[begin:end].cpu(), exact) < 3e-3, (loads, expert)
+            assert not kernel or torch.equal(y[begin:end], own), (loads, expert)  # blocks are of the same size
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS[:1] + INTEGER_KERNELS[2:])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_w4a4_gemm_grouped(monkeypatch, bits, kernel):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", kernel)
+    for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
+        weights = [random_weight(n, k, bits, -1, symmetric=False, seed=seed) for seed in range(4)]
+        weights = [weights[expert % 4] for expert in range(len(loads))]
+        channels = [(weight.scale[0], weight.zero[0], ops.column_sums(weight.packed, bits)) for weight in weights]
+        packed = [ops.repack(weight.packed.cuda(), bits, activation_bits=8) for weight in weights]
+        quantized = ops.quantize_per_token(torch.randn(sum(loads) + rest, k).bfloat16(), 8, False)
+        offsets, bias = offsets_of(loads), torch.randn(len(loads), n)
+        operands = (*on_gpu(*quantized, offsets), torch.stack(packed), *stacked_on_gpu(channels), bias.cuda())
+        y = ops.w4a4_gemm_grouped(*operands, bits, torch.float32)
+        checkpoint = torch.stack([weight.packed for weight in weights])
+        parts = [torch.stack(part) for part in zip(*channels, strict=True)]
+        expected = torch.zeros(sum(loads) + rest, n)
+        for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if begin < end:
+                own = (*(part[begin:end] for part in quantized), checkpoint[expert], *(part[expert] for part in parts))
+                expected[begin:end] = ops.w4a4_gemm_reference(*own, bias[expert], bits, torch.float32)
+        assert torch.equal(y.cpu(), expected), loads
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_graph_of_grouped_products_serves_any_offsets(monkeypatch, splits):
+    monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", f"sm80:tokens=8:splits={splits}")
+    weights = [random_weight(130, 1024, 4, 64, symmetric=False, seed=seed) for seed in range(6)]
+    operands = stacked_on_gpu([(ops.repack(w.packed.cuda(), 4).cpu(), w.scale, w.zero) for w in weights])
+    x = torch.randn(86, 1024).bfloat16().cuda()
+    offsets = offsets_of((86, 0, 0, 0, 0, 0)).cuda()
+    ops.wna16_gemm_grouped(x, offsets, *operands, None, 4, 64)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.wna16_gemm_grouped(x, offsets, *operands, None, 4, 64)
+    for loads in ((86, 0, 0, 0, 0, 0), (0, 3, 0, 70, 0, 13), (1, 1, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)):
+        offsets.copy_(offsets_of(loads))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, ops.wna16_gemm_grouped(x, offsets.clone(), *operands, None, 4, 64)), loads

@@ -35,6 +35,8 @@ inline Panels all_panels(int64_t out_features) { return {0, layout::panels(out_f
 struct Kernels {
   void (*wna16)(const Wna16&, Panels, Parallel);
   void (*quantize)(const Quantize&, Parallel);
+  void (*rms_norm_quantize)(const RmsNormQuantize&, Parallel);
+  void (*silu_mul_quantize)(const SiluMulQuantize&, Parallel);
   void (*hadamard)(const Hadamard&, Parallel);
   void (*integer_gemm)(const IntegerGemm&, Panels, Parallel);
   void (*repack)(const Repack&, Parallel);
@@ -47,6 +49,8 @@ struct Kernels {
   namespace isa {                                                        \
   void wna16(const Wna16&, Panels, Parallel);                            \
   void quantize(const Quantize&, Parallel);                              \
+  void rms_norm_quantize(const RmsNormQuantize&, Parallel);              \
+  void silu_mul_quantize(const SiluMulQuantize&, Parallel);              \
   void hadamard(const Hadamard&, Parallel);                              \
   void integer_gemm(const IntegerGemm&, Panels, Parallel);               \
   void repack(const Repack&, Parallel);                                  \

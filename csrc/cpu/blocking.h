@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "../args.h"
+#include "../experts.h"
 
 #define SLIDERQUANT_INLINE __attribute__((always_inline))
 
@@ -34,24 +34,6 @@ struct Blocks {
   SLIDERQUANT_INLINE static int64_t count(int64_t tokens) { return (tokens + Most - 1) / Most; }
   SLIDERQUANT_INLINE static int64_t begin(int64_t tokens, int64_t block) { return tokens * block / count(tokens); }
 };
-
-// The product for the tokens [begin, begin + count) alone.
-SLIDERQUANT_INLINE inline Wna16 of_tokens(Wna16 a, int64_t begin, int64_t count) {
-  a.x += begin * a.x_stride;
-  a.y += begin * a.n;
-  a.m = count;
-  return a;
-}
-
-SLIDERQUANT_INLINE inline IntegerGemm of_tokens(IntegerGemm a, int64_t begin, int64_t count) {
-  a.codes += begin * a.k;
-  a.sa += begin;
-  a.za += begin;
-  a.row_sum += begin;
-  a.y = static_cast<char*>(a.y) + begin * a.n * (a.y_type == Float::kFp32 ? 4 : 2);
-  a.m = count;
-  return a;
-}
 
 // run(part) for the tokens of a product, up to kSuperTokens at a time.
 template <class Gemm, class Run>

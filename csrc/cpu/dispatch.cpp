@@ -16,8 +16,8 @@ namespace {
 #define SLIDERQUANT_ROW(isa)                                                                                    \
   {                                                                                                             \
 #isa, {                                                                                                     \
-      isa::wna16, isa::quantize, isa::hadamard, isa::integer_gemm, isa::repack, isa::column_sums,               \
-          isa::fake_quantize, isa::fake_quantize_backward                                                       \
+      isa::wna16, isa::quantize, isa::rms_norm_quantize, isa::silu_mul_quantize, isa::hadamard,                 \
+          isa::integer_gemm, isa::repack, isa::column_sums, isa::fake_quantize, isa::fake_quantize_backward     \
     }                                                                                                           \
   }
 const std::pair<const char*, Kernels> kTable[] = {

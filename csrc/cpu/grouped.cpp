@@ -19,29 +19,11 @@ constexpr int64_t kFetchTokens = 8;
 // Products with one token that are worth a thread.
 constexpr int64_t kGrainProducts = 1 << 19;
 
-Wna16 of_weight(Wna16 a, int64_t expert) {
-  const int64_t groups = a.k / a.group;
-  a.w += expert * layout::packed_words(a.bits, a.n, a.k);
-  a.scale += expert * groups * a.n;
-  if (a.zero != nullptr) a.zero += expert * groups * a.n;
-  if (a.bias != nullptr) a.bias += expert * a.n;
-  return a;
-}
-
-IntegerGemm of_weight(IntegerGemm a, int64_t expert) {
-  a.w += expert * layout::packed_words(a.bits, a.n, a.k);
-  a.sw += expert * a.n;
-  if (a.zw != nullptr) a.zw += expert * a.n;
-  a.col_sum += expert * a.n;
-  if (a.bias != nullptr) a.bias += expert * a.n;
-  return a;
-}
-
 void in_this_thread(int64_t count, int64_t, RangeBody body, void* context) { body(0, count, context); }
 
 template <class Gemm>
 void grouped(const Gemm& a, const Experts& experts, void (*run)(const Gemm&, Panels, Parallel), Parallel parallel) {
-  const int64_t panels = layout::panels(a.n);
+  const int64_t panels = layout::panels(a.n), words = layout::packed_words(a.bits, a.n, a.k);
   // visit(expert, tokens, cost of a panel) for each expert that has tokens.
   const auto for_experts = [&](const auto& visit) {
     for (int64_t e = 0; e < experts.count; ++e) {
@@ -58,7 +40,7 @@ void grouped(const Gemm& a, const Experts& experts, void (*run)(const Gemm&, Pan
       const auto panel_at = [&](int64_t at) { return std::clamp<int64_t>((at + cost - 1) / cost, 0, panels); };
       const Panels mine = {panel_at(begin), panel_at(end)};
       if (mine.begin < mine.end) {
-        run(of_weight(of_tokens(a, experts.offsets[e], tokens), e), mine, in_this_thread);
+        run(of_weight(of_tokens(a, experts.offsets[e], tokens), e, words), mine, in_this_thread);
       }
       begin -= panels * cost;
       end -= panels * cost;

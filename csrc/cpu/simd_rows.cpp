@@ -1,8 +1,9 @@
 // Ops on the rows of x: the Hadamard transform and per-token quantization, alone or one after the other without
-// rounding in between. For every instruction set.
+// rounding in between, and what vLLM's layers do before it, rounded as there. For every instruction set.
 //
 // Quantization is bit for bit the reference: IEEE division, round half to even. A NaN gets code 0 and does not widen
-// the range.
+// the range. Sums of squares and exponentials are the same on every instruction set, but others than torch's: a value
+// that falls half-way between two 16-bit floats but for the last bits of fp32 may go to the other one.
 #include <cmath>
 
 #include "../formula.h"
@@ -17,7 +18,7 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr int64_t kGrainValues = 16384;  // values that are worth a thread
 
-Floats load_floats(const void* x, Float type, int64_t at) {
+SLIDERQUANT_INLINE inline Floats load_floats(const void* x, Float type, int64_t at) {
   if (type == Float::kFp32) return load<Floats>(static_cast<const float*>(x) + at);
   const auto* halves = static_cast<const uint16_t*>(x) + at;
   if (type == Float::kBf16) {
@@ -28,13 +29,17 @@ Floats load_floats(const void* x, Float type, int64_t at) {
   return value;
 }
 
+// The same where no more than `left` exist: zeros for the others.
+SLIDERQUANT_INLINE inline Floats load_floats(const void* x, Float type, int64_t at, int64_t left) {
+  if (left >= kLanes) return load_floats(x, type, at);
+  Floats value = {};
+  for (int i = 0; i < left; ++i) value[i] = load_float(x, type, at + i);
+  return value;
+}
+
 // A row in fp32, and zeros up to a whole register.
 void load_row(const void* x, Float type, int64_t at, int64_t count, float* row) {
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) store(row + k, load_floats(x, type, at + k));
-  if (k == count) return;
-  store(row + k, Floats{});
-  for (; k < count; ++k) row[k] = load_float(x, type, at + k);
+  for (int64_t k = 0; k < count; k += kLanes) store(row + k, load_floats(x, type, at + k, count - k));
 }
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -83,8 +88,8 @@ SLIDERQUANT_INLINE inline Floats round(Floats x) {
   return (x + big) - big;
 }
 
+// The row's values, zeros up to a whole register.
 void quantize_row(const Quantize& a, int64_t m, float* row) {
-  load_row(a.x, a.x_type, m * a.x_stride, a.k, row);
   if (a.block > 1) transform(row, a.k, a.block);
 
   Floats low = {}, high = {};
@@ -131,6 +136,44 @@ SLIDERQUANT_INLINE inline Halves to_bf16(Floats value) {
   return __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? not_a_number : rounded, Halves);
 }
 
+// Each lane rounded to 16 bits.
+SLIDERQUANT_INLINE inline Floats round_to(Floats value, Float type) {
+  const auto bits = reinterpret_cast<Words>(value);
+  if (type == Float::kBf16) {
+    const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    return reinterpret_cast<Floats>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits : rounded);
+  }
+  // The sum with a float 2^13 times as large, and at least 2^-1, rounds to the step of fp16 there.
+  const Words magnitude = bits & 0x7FFFFFFF, normal = splat(uint32_t{0x38800000});
+  const Words exponent = (magnitude > normal ? magnitude : normal) & 0x7F800000;
+  const auto big = reinterpret_cast<Floats>((exponent + (13u << 23)) | 0x00400000);
+  const Floats rounded = (value + big) - big;
+  const auto infinity = reinterpret_cast<Floats>((bits & 0x80000000) | 0x7F800000);
+  const Words held = reinterpret_cast<Words>(rounded) & 0x7FFFFFFF;
+  // From 65536 on fp16 is infinite; what big would overflow for is larger.
+  const Floats finite = magnitude >= 0x47800000 || held >= 0x47800000 ? infinity : rounded;
+  return magnitude > 0x7F800000 ? value : finite;
+}
+
+// x / (1 + e^-x). The exponential is that of Cephes' expf, without fused operations.
+SLIDERQUANT_INLINE inline Floats silu(Floats x) {
+  Floats y = -x;
+  y = y < splat(-104.0f) ? splat(-104.0f) : y;  // 0, and on the other side infinity, in fp32
+  y = y > splat(104.0f) ? splat(104.0f) : y;
+  const Floats n = round(y * splat(1.44269504088896341f));
+  const Floats r = (y - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  Floats p = r * splat(1.9875691500e-4f) + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  // By 2^n in two steps, so that it overflows and underflows as it should.
+  const Ints steps = __builtin_convertvector(n == n ? n : Floats{}, Ints), half = steps >> 1;
+  const auto power = [](Ints exponent) { return reinterpret_cast<Floats>((exponent + 127) << 23); };
+  return x / (splat(1.0f) + p * power(half) * power(steps - half));
+}
+
 void store_row(const float* row, Float type, int64_t at, int64_t count, void* y) {
   int64_t k = 0;
   if (type == Float::kBf16) {
@@ -153,10 +196,74 @@ void for_rows(Parallel parallel, int64_t rows, int64_t k, const Body& body) {
   });
 }
 
+// Of the squares of a row, in as many columns as the widest register has lanes.
+float sum_of_squares(const float* row, int64_t count) {
+  constexpr int kColumns = 16, kParts = kColumns / kLanes;
+  Floats sums[kParts] = {};
+  const int64_t end = padded(count);
+  for (int64_t k = 0; k < end; k += kColumns) {
+    unroll<kParts>([&]<int I>() SLIDERQUANT_INLINE {
+      if (k + I * kLanes < end) {
+        const Floats value = load<Floats>(row + k + I * kLanes);
+        sums[I] += value * value;
+      }
+    });
+  }
+  float sum = 0;
+  for (int i = 0; i < kColumns; ++i) sum += sums[i / kLanes][i % kLanes];
+  return sum;
+}
+
+template <Float kType>
+void rms_norm_row(const RmsNormQuantize& a, int64_t m, float* row) {
+  const Quantize& q = a.quantize;
+  load_row(q.x, kType, m * q.x_stride, q.k, row);
+  if (a.residual != nullptr) {
+    for (int64_t k = 0; k < q.k; k += kLanes) {
+      store(row + k, load<Floats>(row + k) + load_floats(a.residual, kType, m * a.residual_stride + k, q.k - k));
+    }
+    store_row(row, kType, m * q.k, q.k, a.sum);
+  }
+  const float mean = sum_of_squares(row, q.k) / static_cast<float>(q.k);
+  const Floats factor = splat(1 / std::sqrt(mean + a.epsilon));
+  for (int64_t k = 0; k < q.k; k += kLanes) {
+    const Floats normal = round_to(load<Floats>(row + k) * factor, kType);
+    store(row + k, round_to(normal * load_floats(a.weight, kType, k, q.k - k), kType));
+  }
+}
+
+template <Float kType>
+void silu_mul_row(const Quantize& q, int64_t m, float* row) {
+  for (int64_t k = 0; k < q.k; k += kLanes) {
+    const int64_t at = m * q.x_stride + k;
+    const Floats active = round_to(silu(load_floats(q.x, kType, at, q.k - k)), kType);
+    store(row + k, round_to(active * load_floats(q.x, kType, at + q.k, q.k - k), kType));
+  }
+}
+
 }  // namespace
 
 void quantize(const Quantize& a, Parallel parallel) {
-  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) { quantize_row(a, m, row); });
+  for_rows(parallel, a.m, a.k, [&](int64_t m, float* row) {
+    load_row(a.x, a.x_type, m * a.x_stride, a.k, row);
+    quantize_row(a, m, row);
+  });
+}
+
+void rms_norm_quantize(const RmsNormQuantize& a, Parallel parallel) {
+  const auto norm = a.quantize.x_type == Float::kBf16 ? rms_norm_row<Float::kBf16> : rms_norm_row<Float::kFp16>;
+  for_rows(parallel, a.quantize.m, a.quantize.k, [&](int64_t m, float* row) {
+    norm(a, m, row);
+    quantize_row(a.quantize, m, row);
+  });
+}
+
+void silu_mul_quantize(const SiluMulQuantize& a, Parallel parallel) {
+  const auto activate = a.quantize.x_type == Float::kBf16 ? silu_mul_row<Float::kBf16> : silu_mul_row<Float::kFp16>;
+  for_rows(parallel, a.quantize.m, a.quantize.k, [&](int64_t m, float* row) {
+    activate(a.quantize, m, row);
+    quantize_row(a.quantize, m, row);
+  });
 }
 
 void hadamard(const Hadamard& a, Parallel parallel) {

@@ -1,13 +1,13 @@
 // Runs the phases of a kernel class on the device and launches it.
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <vector>
 
 #include "integer_gemm.cuh"
 #include "launch.h"
-#include "quantize.cuh"
+#include "launch_on.h"
+#include "launch_sm80.cuh"
 #include "repack.cuh"
 #include "sm80_integer.cuh"
 #include "sm80_wna16.cuh"
@@ -32,41 +32,6 @@ __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ 
   }
 }
 
-// Makes a device current for one launch and gives the previous one back: this runtime is linked statically and knows
-// nothing of the host framework's choice.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-template <class Launch>
-const char* launch_on(int device, const Launch& enqueue) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    enqueue();
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 template <class Kernel>
 const char* launch(const typename Kernel::Args& args, int device, uintptr_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
@@ -78,47 +43,6 @@ const char* launch(const typename Kernel::Args& args, int device, uintptr_t stre
 
 __global__ void __launch_bounds__(RepackKernel::kThreads) run_repack(const __grid_constant__ Repack args) {
   RepackKernel::run(args, blockIdx.x, static_cast<int>(threadIdx.x));
-}
-
-template <class Kernel, class Args, class Blocks>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
-    run_sm80(const __grid_constant__ Args args, const __grid_constant__ Blocks blocks) {
-  extern __shared__ __align__(128) char shared[];
-  Kernel::run(args, blocks, blockIdx.x, static_cast<int>(threadIdx.x), shared);
-}
-
-template <class Reduce, class Args, class Blocks>
-__global__ void __launch_bounds__(Reduce::kThreads)
-    run_reduce(const __grid_constant__ Args args, const __grid_constant__ Blocks blocks) {
-  Reduce::run(args, blocks, blockIdx.x, static_cast<int>(threadIdx.x));
-}
-
-template <class Kernel, class Reduce, class Args, class Blocks>
-const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
-  const auto on = reinterpret_cast<cudaStream_t>(stream);
-  const auto kernel = run_sm80<Kernel, Args, Blocks>;
-  // More shared memory than by default has to be asked for, once per device.
-  static std::atomic<uint64_t> asked{0};
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  cudaError_t error = cudaSuccess;
-  const char* launched = launch_on(device, [&] {
-    if ((asked.load() & bit) == 0) {
-      const auto ask = [&](cudaFuncAttribute attribute, int value) {
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
-      };
-      ask(cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-      ask(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
-      if (error != cudaSuccess) return;
-      asked |= bit;
-    }
-    const auto grid = static_cast<unsigned>(Kernel::blocks(args, blocks.splits));
-    kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, on>>>(args, blocks);
-    if (blocks.splits > 1) {
-      const auto reducing = static_cast<unsigned>(Reduce::blocks(args));
-      run_reduce<Reduce><<<reducing, Reduce::kThreads, 0, on>>>(args, blocks);
-    }
-  });
-  return error == cudaSuccess ? launched : cudaGetErrorString(error);
 }
 
 template <int kBits, Float kType>
@@ -174,6 +98,8 @@ std::vector<Gpu> all_gpus() {
   return gpus;
 }
 
+}  // namespace
+
 const Gpu& gpu(int device) {
   static const std::vector<Gpu> gpus = all_gpus();
   if (device < 0 || device >= static_cast<int>(gpus.size())) {
@@ -181,8 +107,6 @@ const Gpu& gpu(int device) {
   }
   return gpus[static_cast<size_t>(device)];
 }
-
-}  // namespace
 
 const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {
   if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
@@ -209,10 +133,6 @@ const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* wo
 
 Plan plan(const IntegerGemm& args, int device) {
   return plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
-}
-
-const char* quantize(const Quantize& args, int device, uintptr_t stream) {
-  return launch<QuantizeKernel>(args, device, stream);
 }
 
 const char* repack(const Repack& args, int device, uintptr_t stream) {

@@ -155,10 +155,46 @@ SLIDERQUANT_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// The two 16-bit floats of a register, lower one first, and the register of two floats, each rounded once.
+template <Float kType>
+SLIDERQUANT_DEVICE void widen2(uint32_t pair, float& low, float& high) {
+  if constexpr (kType == Float::kFp16) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+  } else {
+    low = bits_to_float(pair << 16);
+    high = bits_to_float(pair & 0xFFFF0000);
+  }
+}
+
+template <Float kType>
+SLIDERQUANT_DEVICE uint32_t narrow2(float low, float high) {
+  uint32_t pair;
+  if constexpr (kType == Float::kFp16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// a / b, wrong by two units of the last place at most.
+SLIDERQUANT_DEVICE float divide_fast(float a, float b) {
+  float quotient;
+  asm("div.approx.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
+
 // Read-only data of global memory.
 template <class T>
 SLIDERQUANT_DEVICE T load(const T* global) {
   return __ldg(global);
+}
+
+SLIDERQUANT_DEVICE Vec4 load(const Vec4* global) {
+  const uint4 held = __ldg(reinterpret_cast<const uint4*>(global));
+  return {{held.x, held.y, held.z, held.w}};
 }
 
 // What this grid does not read again.
@@ -371,6 +407,22 @@ uint32_t add2(uint32_t a, uint32_t b) {
   }
   return d;
 }
+
+template <Float kType>
+void widen2(uint32_t pair, float& low, float& high) {
+  low = static_cast<float>(widen<kType>(pair));
+  high = static_cast<float>(widen<kType>(pair >> 16));
+}
+
+template <Float kType>
+uint32_t narrow2(float low, float high) {
+  const auto narrow = [](float value) -> uint32_t {
+    return kType == Float::kFp16 ? float_to_fp16(value) : float_to_bf16(value);
+  };
+  return narrow(low) | narrow(high) << 16;
+}
+
+inline float divide_fast(float a, float b) { return a / b; }
 
 template <class T>
 T load(const T* global) {

@@ -87,6 +87,15 @@ def score(model: str | Path, check_linears: bool = False, **engine_args) -> Scor
     return Score(torch.tensor(logprobs), errors)
 
 
+def fused_score(model: str | Path, **engine_args) -> tuple[Score, dict[str, int]]:
+    """``score``, and how often each fused quantizer was put into the compiled graphs."""
+    from sliderquant_vllm.fusion import QuantizerFusion
+
+    QuantizerFusion.fused.clear()
+    found = score(model, **engine_args)
+    return found, dict(QuantizerFusion.fused)
+
+
 @contextmanager
 def _checked_linears(model: str | Path) -> Iterator[dict[str, float]]:
     from sliderquant_vllm.compat import activate_experts

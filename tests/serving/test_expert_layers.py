@@ -241,9 +241,9 @@ def test_architectures_that_are_not_served(experts_of, settings, words):
 
 
 def test_other_devices_are_refused(experts_of, monkeypatch):
-    platform = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="xpu")
     monkeypatch.setattr(compat, "current_platform", platform)
-    with pytest.raises(FormatError, match=rf"{PREFIX}: quantized experts are served on CPUs only so far, found cuda"):
+    with pytest.raises(FormatError, match=rf"{PREFIX}: quantized experts are served on CPUs and CUDA GPUs, found xpu"):
         experts_of(WeightScheme(4))
 
 
