@@ -1,4 +1,4 @@
-// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps. Included by files compiled for AVX512 only.
+// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps and tdpbf16ps. Included by files compiled for AVX512 only.
 #pragma once
 
 #include <immintrin.h>
@@ -89,5 +89,20 @@ struct Expand<8, HasZero> {
     emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
   }
 };
+
+// Expands `chunk` codes of a panel, from a period on and with the same zero points, to [pairs of k, 32].
+template <int Bits, bool HasZero>
+void expand_pairs(const Expand<Bits, HasZero>& expand, const uint32_t* w, int64_t chunk, const __m512i (&zero)[kTiles],
+                  uint32_t* expanded) {
+  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+      });
+    });
+    w += layout::period_words(Bits) * layout::kPanelRows;
+    expanded += Expand<Bits, HasZero>::kPairs * layout::kPanelRows;
+  }
+}
 
 }  // namespace sliderquant::cpu::avx512
