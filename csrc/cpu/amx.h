@@ -142,7 +142,8 @@ SLIDERQUANT_INLINE inline void load_sums(const void* sums) {
 // bytes], a compact copy: rows that lie a power of two apart compete for one cache set.
 struct PackedTokens {
   TokenTiles tiles;
-  int terms;  // that x is the sum of
+  int terms;      // that x is the sum of
+  int64_t chunk;  // input channels
   int64_t step_bytes() const { return terms * tiles.rows * kRowBytes; }  // of one tile
   int64_t bytes(int64_t steps) const { return tiles.count * steps * step_bytes(); }
   // Of block `block` in the chunk that comes after `before` steps and has `steps`.
@@ -160,51 +161,80 @@ template <class Expansion>
 class Next {
  public:
   Next(Expansion expansion, int64_t steps, int64_t every)
-      : expansion_(expansion), steps_(steps), every_(every), wait_(every) {}
+      : expansion_(expansion), left_(steps), every_(every), wait_(every) {}
   SLIDERQUANT_INLINE void turn() {
     if (--wait_ > 0) return;
     wait_ = every_;
-    if (--steps_ >= 0) expansion_();
+    if (left_ > 0) step();
   }
   SLIDERQUANT_INLINE void rest() {
-    while (--steps_ >= 0) expansion_();
+    while (left_ > 0) step();
   }
 
  private:
-  Expansion expansion_;
-  int64_t steps_, every_, wait_;
-};
-
-// The panels [begin, end), so many at a time that share a chunk of the tokens while that is in L2.
-struct Walk {
-  int64_t begin, end, sharing, k;
-};
-
-// For each chunk of each panel calls multiply(first panel of those that share, panel, k, its expanded weights, Next),
-// where Next expands the chunk that follows, and store(first, last) when such panels are done. expanded has room for two
-// chunks; expansion(panel, k, into) is what Next runs.
-template <int64_t Chunk, int64_t Step, class Expansion, class Multiply, class Store>
-SLIDERQUANT_INLINE inline void walk_chunks(const Walk& walk, int64_t turns, uint32_t* expanded,
-                                           const Expansion& expansion, const Multiply& multiply, const Store& store) {
-  uint32_t* other = expanded + Chunk / Step * kStepWords;
-  const auto next_at = [&](int64_t panel, int64_t k, uint32_t* into) SLIDERQUANT_INLINE {
-    const int64_t steps = panel < walk.end ? (std::min(Chunk, walk.k - k) + Step - 1) / Step : 0;
-    return Next(expansion(steps > 0 ? panel : walk.begin, k, into), steps, turns);
-  };
-  next_at(walk.begin, 0, expanded).rest();
-  for (int64_t first = walk.begin, last; first < walk.end; first = last) {
-    last = std::min(first + walk.sharing, walk.end);
-    for (int64_t k = 0; k < walk.k; k += Chunk) {
-      for (int64_t panel = first; panel < last; ++panel) {
-        const bool of_last = panel + 1 == last, of_all = of_last && k + Chunk >= walk.k;
-        auto next = next_at(of_all ? last : of_last ? first : panel + 1, of_all ? 0 : of_last ? k + Chunk : k, other);
-        multiply(first, panel, k, expanded, next);
-        next.rest();
-        std::swap(expanded, other);
-      }
-    }
-    store(first, last);
+  SLIDERQUANT_INLINE void step() {
+    expansion_.step();
+    --left_;
   }
+  Expansion expansion_;
+  int64_t left_, every_, wait_;
+};
+
+// The order of the panels [begin, end): `sharing` of them meet a chunk of the tokens while that is in L2.
+struct Walk {
+  int64_t begin, end, sharing, k_count, chunk;  // input channels, and how many are expanded at a time
+
+  struct Position {
+    int64_t first, panel, k;  // first panel of those that share
+  };
+  int64_t last(int64_t first) const { return std::min(first + sharing, end); }
+  int64_t chunk_at(int64_t k) const { return std::min(chunk, k_count - k); }
+  bool ends_sharing(const Position& at) const {
+    return at.panel + 1 >= last(at.first) && at.k + chunk >= k_count;
+  }
+  Position after(const Position& at) const {
+    if (at.panel + 1 < last(at.first)) return {at.first, at.panel + 1, at.k};
+    if (at.k + chunk < k_count) return {at.first, at.first, at.k + chunk};
+    return {last(at.first), last(at.first), 0};
+  }
+};
+
+// For each position calls multiply(it, the expanded weights there, Next), where Next expands those of the position that
+// follows, and store(first, last) when panels that share are done. expansion(words, ahead, position, into) is what Next
+// runs, and fetches what lies at ahead. expanded has room for the chunks of two positions.
+template <int Bits, int64_t Step, class Expansion, class Multiply, class Store>
+SLIDERQUANT_INLINE inline void walk_chunks(const Walk& walk, const uint32_t* w, int64_t turns,
+                                           uint32_t* expanded, const Expansion& expansion, const Multiply& multiply,
+                                           const Store& store) {
+  const auto words_at = [&](const Walk::Position& at) SLIDERQUANT_INLINE {
+    return avx512::chunk_words<Bits>(w, walk.k_count, at.panel, at.k);
+  };
+  const auto next_at = [&](const Walk::Position& at, uint32_t* into) SLIDERQUANT_INLINE {
+    const uint32_t* words = words_at(at);
+    // A panel alone is one stream of memory. Of several, whose turns take longer, what comes behind the next chunk is
+    // fetched.
+    const uint32_t* ahead = walk.sharing == 1 ? words + kPrefetchBytes / 4 : words_at(walk.after(at));
+    const int64_t steps = at.panel < walk.end ? (walk.chunk_at(at.k) + Step - 1) / Step : 0;
+    return Next(expansion(words, ahead, at, into), steps, turns);
+  };
+  uint32_t* other = expanded + walk.chunk / Step * kStepWords;
+  Walk::Position at = {walk.begin, walk.begin, 0};
+  next_at(at, expanded).rest();
+  while (at.panel < walk.end) {
+    const auto following = walk.after(at);
+    auto next = next_at(following, other);
+    multiply(at, expanded, next);
+    next.rest();
+    if (walk.ends_sharing(at)) store(at.first, walk.last(at.first));
+    std::swap(expanded, other);
+    at = following;
+  }
+}
+
+// Into L2: L1 is full of what is expanded.
+template <int64_t Words>
+SLIDERQUANT_INLINE inline void prefetch_words(const uint32_t* words) {
+  unroll<Words / 16>([&]<int I>() SLIDERQUANT_INLINE { _mm_prefetch(words + 16 * I, _MM_HINT_T1); });
 }
 
 }  // namespace sliderquant::cpu::amx

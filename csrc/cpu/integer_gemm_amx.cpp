@@ -1,4 +1,4 @@
-// Integer GEMM (W4A4 and every other pair of widths up to 8) for AMX; few tokens are left to the AVX512 kernels.
+// Integer GEMM (W4A4 and every other pair of widths up to 8) for AMX.
 //
 // Index names: n output channel, panel 32 of them, m token, tile up to 16 of them, block two tiles, k input channel,
 // step 64 of them.
@@ -19,26 +19,27 @@ namespace {
 
 using namespace avx512;
 
-constexpr int64_t kFewTokens = 4;  // up to here the AVX512 kernels are faster
-
 constexpr int64_t kStep = kRowBytes;  // input channels
-constexpr int64_t kChunk = 512;       // input channels per expansion: two of them take 32 KB of a 48 KB L1
-static_assert(kStep % layout::kBlockCodes == 0 && kChunk % kStep == 0, "a chunk must be whole steps, those whole periods");
+
+// Input channels per expansion. Few tokens wait for what is expanded, which must still be in L1; for many of them fewer
+// chunks mean that their sums enter and leave the registers less often. Measured.
+inline int64_t chunk_for(const TokenTiles& tiles) { return tiles.blocks() == 1 ? 256 : 512; }
+static_assert(kStep % layout::kBlockCodes == 0, "a step must be whole periods of every width");
 
 // Expands a chunk of a panel, a step with every call.
 template <int Bits>
 struct Expansion {
-  const uint32_t* words;
+  const uint32_t *words, *ahead;
   uint32_t* expanded;
   int64_t left;
-  SLIDERQUANT_INLINE void operator()() {
+
+  SLIDERQUANT_INLINE void step() {
     constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
-    unroll<kWords / 16>([&]<int I>() SLIDERQUANT_INLINE {
-      _mm_prefetch(reinterpret_cast<const char*>(words) + kPrefetchBytes + 64 * I, _MM_HINT_T0);
-    });
+    prefetch_words<kWords>(ahead);
     // Of a last half step the other half is whatever was there: it meets codes of tokens that are zero.
     expand_quads<Bits>(words, std::min(left, kStep), expanded);
     words += kWords;
+    ahead += kWords;
     expanded += kStepWords;
     left -= kStep;
   }
@@ -116,27 +117,27 @@ void panels(const IntegerGemm& a, const PackedTokens& packed, const std::byte* c
   const bool resident = tiles.blocks() == 1;  // its sums stay in registers from chunk to chunk of a panel
   const int64_t sharing = resident ? 1 : std::min<int64_t>(kSharingPanels, end - begin);
   const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  constexpr int64_t kExpanded = kChunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(2 * kExpanded + sharing * panel_sums);
-  auto* sums = reinterpret_cast<int32_t*>(expanded + 2 * kExpanded);
+  const int64_t room = 2 * packed.chunk / kStep * kStepWords;
+  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
+  auto* sums = reinterpret_cast<int32_t*>(expanded + room);
+  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
   const TileState state(tiles.rows);
-  walk_chunks<kChunk, kStep>(
-      {begin, end, sharing, a.k}, tiles.blocks(), expanded,
-      [&](int64_t panel, int64_t k, uint32_t* into) SLIDERQUANT_INLINE {
-        return Expansion<Bits>{chunk_words<Bits>(a.w, a.k, panel, k), into, std::min(kChunk, a.k - k)};
+  walk_chunks<Bits, kStep>(
+      walk, a.w, tiles.blocks(), expanded,
+      [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
+        return Expansion<Bits>{words, ahead, into, walk.chunk_at(at.k)};
       },
-      [&](int64_t group, int64_t panel, int64_t k, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
-        int32_t* into = sums + (panel - group) * panel_sums;
-        const int64_t steps = (std::min(kChunk, a.k - k) + kStep - 1) / kStep;
-        const Passage passage = {k == 0, k > 0 && !resident, !resident || k + kChunk >= a.k};
+      [&](const auto& at, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
+        const int64_t steps = (walk.chunk_at(at.k) + kStep - 1) / kStep;
+        const Passage passage = {at.k == 0, at.k > 0 && !resident, !resident || at.k + packed.chunk >= a.k};
         for (int64_t block = 0; block < tiles.blocks(); ++block) {
-          const std::byte* tokens = codes + packed.block(k / kStep, steps, block);
+          const std::byte* tokens = codes + packed.block(at.k / kStep, steps, block);
+          int32_t* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
           if (2 * block + 1 < tiles.count) {
             two_tiles(tokens, weights, steps, tiles.rows, passage, into, next);
           } else {
             one_tile(tokens, weights, steps, tiles.rows, passage, into, next);
           }
-          into += 2 * tiles.rows * layout::kPanelRows;
         }
       },
       [&](int64_t first, int64_t last) { store_panels(a, first, last, panel_sums, sums); });
@@ -144,17 +145,16 @@ void panels(const IntegerGemm& a, const PackedTokens& packed, const std::byte* c
 
 // Packs the codes of a tile of tokens where PackedTokens has them.
 void pack_tile(const IntegerGemm& a, const PackedTokens& packed, int64_t tile, std::byte* codes) {
-  const int64_t first = tile * packed.tiles.rows;
-  for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
-    const int64_t chunk = std::min(kChunk, a.k - k0), steps = (chunk + kStep - 1) / kStep;
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t bytes = std::min(kStep, chunk - step * kStep);
-      std::byte* to = codes + packed.tile(k0 / kStep, steps, step, tile, 0);
-      const __mmask64 mask = bytes == kStep ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
-      for (int64_t row = 0; row < packed.tiles.rows; ++row) {
-        const int64_t m = first + row;
-        _mm512_store_si512(to + row * kRowBytes,
-                           _mm512_maskz_loadu_epi8(m < a.m ? mask : 0, a.codes + m * a.k + k0 + step * kStep));
+  for (int64_t row = 0; row < packed.tiles.rows; ++row) {
+    const int64_t m = tile * packed.tiles.rows + row;
+    const uint8_t* from = a.codes + m * a.k;
+    for (int64_t k0 = 0; k0 < a.k; k0 += packed.chunk) {
+      const int64_t chunk = std::min(packed.chunk, a.k - k0), steps = (chunk + kStep - 1) / kStep;
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t left = m < a.m ? chunk - step * kStep : 0;
+        const __mmask64 mask = left >= kStep ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+        _mm512_store_si512(codes + packed.tile(k0 / kStep, steps, step, tile, 0) + row * kRowBytes,
+                           _mm512_maskz_loadu_epi8(mask, from + k0 + step * kStep));
       }
     }
   }
@@ -173,9 +173,9 @@ RunPanels panels_of(int bits) {
 
 // The panels given, for up to kSuperTokens tokens.
 void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
-  if (a.m <= kFewTokens) return avx512::integer_gemm(a, of, parallel);
   thread_local Scratch pack;
-  const PackedTokens packed = {TokenTiles(a.m), 1};
+  const TokenTiles tiles(a.m);
+  const PackedTokens packed = {tiles, 1, chunk_for(tiles)};
   std::byte* codes = pack.get<std::byte>(packed.bytes((a.k + kStep - 1) / kStep));
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, codes);

@@ -1,4 +1,4 @@
-// W*A16 for AMX; few tokens are left to the AVX512 kernels.
+// W*A16 for AMX; few tokens go to fixed_point_wna16.
 //
 // Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, tile up to 16 of them,
 // block two tiles, k input channel, step 32 of them, g scale group.
@@ -15,6 +15,7 @@
 #include "amx.h"
 #include "api.h"
 #include "expand_pairs.h"
+#include "fixed_point.h"
 #include "pack_tokens.h"
 #include "wna16_epilogue.h"
 
@@ -23,10 +24,13 @@ namespace {
 
 using namespace avx512;
 
-constexpr int64_t kFewTokens = 0;  // up to here the AVX512 kernels are faster
+// Up to here fixed_point_wna16 is faster. Measured; expanding 8 bits takes long.
+constexpr int64_t few_tokens(int bits) { return bits == 8 ? 4 : 2; }
+static_assert(few_tokens(8) <= kFixedPointTokens, "fixed_point_wna16 takes no more tokens");
 
 constexpr int64_t kStep = kRowBytes / 2;  // input channels
-constexpr int64_t kChunk = 256;           // input channels per expansion: two of them take 32 KB of a 48 KB L1
+constexpr int64_t kChunk = 128;           // input channels per expansion: what is expanded must still be in L1
+constexpr int64_t kSharing = 32;          // panels
 static_assert(kStep == layout::kBlockCodes, "a step must be whole periods and lie in one group");
 static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
 
@@ -35,105 +39,126 @@ template <int Bits, bool HasZero>
 struct Expansion {
   const Wna16& a;
   const Expand<Bits, HasZero>& expand;
-  const uint32_t* words;
+  const uint32_t *words, *ahead;
   uint32_t* expanded;
-  int64_t n0, k;
-  SLIDERQUANT_INLINE void operator()() {
+  int64_t n0, g, part;  // the group of the next step, and its input channels within the chunk
+  int64_t left = 0;     // of the present group
+  __m512i zero[kTiles] = {};
+
+  SLIDERQUANT_INLINE void step() {
     constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
-    unroll<kWords / 16>([&]<int I>() SLIDERQUANT_INLINE {
-      _mm_prefetch(reinterpret_cast<const char*>(words) + kPrefetchBytes + 64 * I, _MM_HINT_T0);
-    });
-    __m512i zero[kTiles] = {};
-    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      if constexpr (HasZero) zero[T] = load_zero_pairs(a, k / a.group, n0 + T * layout::kVectorRows);
-    });
+    prefetch_words<kWords>(ahead);
+    if (left == 0) {
+      left = part;
+      prefetch_scale(a, g + kScalePrefetch, n0);
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        if constexpr (HasZero) zero[T] = load_zero_bytes(a, g, n0 + T * layout::kVectorRows);
+      });
+      ++g;
+    }
     expand_pairs(expand, words, kStep, zero, expanded);
     words += kWords;
+    ahead += kWords;
     expanded += kStepWords;
-    k += kStep;
+    left -= kStep;
   }
 };
 
-// sums[tokens, 32] += scale * (what one or two tiles of each sum held)
-template <bool Two>
-SLIDERQUANT_INLINE inline void add_group(const Wna16& a, int64_t g, int64_t n0, int64_t tokens, const float* even,
-                                         const float* odd, float* sums) {
-  __m512 scale[kTiles];
-  unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-    const int64_t n = n0 + T * layout::kVectorRows;
-    scale[T] = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + g * a.n + n);
-  });
-  for (int64_t m = 0; m < tokens; ++m) {
+// The sums of a group, on their way from tiles to the sums of all groups: some rows with every turn of the group that
+// follows. All at once, their stores would fill the processor's buffer of them and keep it from looking further ahead.
+class GroupSums {
+ public:
+  explicit GroupSums(int64_t rows) : rows_(rows) {}
+
+  // Where to store tiles; what was there has been added.
+  float* buffer() { return buffers_[buffer_]; }
+
+  // Of `tokens` tokens the buffer holds sums, of which there are two to be added if steps took turns; they are added
+  // within so many turns.
+  SLIDERQUANT_INLINE void add(const Wna16& a, int64_t g, int64_t n0, int64_t tokens, bool both, int64_t turns,
+                              float* sums) {
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      const int64_t at = m * layout::kPanelRows + T * layout::kVectorRows;
-      __m512 sum = _mm512_load_ps(even + at);
-      if constexpr (Two) sum = _mm512_add_ps(sum, _mm512_load_ps(odd + at));
-      _mm512_store_ps(sums + at, _mm512_fmadd_ps(scale[T], sum, _mm512_load_ps(sums + at)));
+      const int64_t n = n0 + T * layout::kVectorRows;
+      scale_[T] = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + g * a.n + n);
     });
+    from_ = buffers_[buffer_];
+    buffer_ ^= 1;
+    sums_ = sums;
+    done_ = 0;
+    tokens_ = tokens;
+    both_ = both;
+    per_turn_ = (tokens + turns - 1) / turns;
   }
-}
+  SLIDERQUANT_INLINE void turn() { rows(std::min(per_turn_, tokens_ - done_)); }
+  SLIDERQUANT_INLINE void rest() { rows(tokens_ - done_); }
+
+ private:
+  SLIDERQUANT_INLINE void rows(int64_t count) {
+    const __m512 scale[kTiles] = {scale_[0], scale_[1]};
+    const float* from = from_ + done_ * layout::kPanelRows;
+    float* sums = sums_ + done_ * layout::kPanelRows;
+    done_ += count;
+    const auto each = [&](const auto& sum_at) SLIDERQUANT_INLINE {
+      for (const float* end = from + count * layout::kPanelRows; from < end; from += layout::kPanelRows) {
+        unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+          float* into = sums + T * layout::kVectorRows;
+          _mm512_store_ps(into, _mm512_fmadd_ps(scale[T], sum_at(from + T * layout::kVectorRows), _mm512_load_ps(into)));
+        });
+        sums += layout::kPanelRows;
+      }
+    };
+    if (both_) {
+      const int64_t apart = rows_ * layout::kPanelRows;
+      each([&](const float* at) SLIDERQUANT_INLINE { return _mm512_add_ps(_mm512_load_ps(at), _mm512_load_ps(at + apart)); });
+    } else {
+      each([](const float* at) SLIDERQUANT_INLINE { return _mm512_load_ps(at); });
+    }
+  }
+
+  alignas(64) float buffers_[2][2 * kTileRows * layout::kPanelRows];
+  __m512 scale_[kTiles];
+  const float* from_ = buffers_[0];
+  float* sums_ = buffers_[1];
+  int64_t rows_, tokens_ = 0, done_ = 0, per_turn_ = 0, buffer_ = 0;
+  bool both_ = false;
+};
 
 // Of the groups in a chunk, or of the part of one that it is.
 struct Groups {
   int64_t first, count, steps, n0;
 };
 
-constexpr int64_t kTileSums = kTileRows * layout::kPanelRows;
-
-// sums[tokens of the block, 32] += what a chunk gives, for two tiles of tokens.
-template <int Terms, class Next>
-void two_tiles(const Wna16& a, const std::byte* x, const uint32_t* expanded, const Groups& groups, int64_t rows,
-               float* sums, Next& next) {
-  alignas(64) float group_sums[2][2 * kTileSums];
+// sums[tokens of the block, 32] += what a chunk gives, for one tile of tokens or two. With one, steps take turns between
+// two sets of sums.
+template <int Terms, bool TwoTiles, class Next>
+void multiply_block(const Wna16& a, const std::byte* x, const uint32_t* expanded, const Groups& groups, int64_t rows,
+                    float* sums, GroupSums& group_sums, Next& next) {
   const int64_t tile_bytes = rows * kRowBytes;
   for (int64_t g = 0; g < groups.count; ++g) {
     zero_tiles<kSum00, 4>();
-    for (int64_t step = 0; step < groups.steps; ++step) {
+    const auto step = [&]<bool Odd>() SLIDERQUANT_INLINE {
       load_weights(expanded);
       unroll<Terms>([&]<int>() SLIDERQUANT_INLINE {
-        dot_two<DotBf16>(x, tile_bytes);
-        x += 2 * tile_bytes;
+        if constexpr (TwoTiles) {
+          dot_two<DotBf16>(x, tile_bytes);
+        } else {
+          dot_one<DotBf16, Odd>(x);
+        }
+        x += (TwoTiles ? 2 : 1) * tile_bytes;
       });
       next.turn();
+      group_sums.turn();
       expanded += kStepWords;
+    };
+    for (int64_t i = 0; i < groups.steps; i += 2) {
+      step.template operator()<false>();
+      if (i + 1 < groups.steps) step.template operator()<true>();
     }
-    store_sums<kSum00>(group_sums[g % 2]);
-    store_sums<kSum10>(group_sums[g % 2] + rows * layout::kPanelRows);
-    if (g > 0) add_group<false>(a, groups.first + g - 1, groups.n0, 2 * rows, group_sums[(g - 1) % 2], nullptr, sums);
+    group_sums.rest();
+    store_sums<kSum00>(group_sums.buffer());
+    store_sums<kSum10>(group_sums.buffer() + rows * layout::kPanelRows);
+    group_sums.add(a, groups.first + g, groups.n0, (TwoTiles ? 2 : 1) * rows, !TwoTiles, groups.steps, sums);
   }
-  const int64_t g = groups.count - 1;
-  add_group<false>(a, groups.first + g, groups.n0, 2 * rows, group_sums[g % 2], nullptr, sums);
-}
-
-// The same for one tile; steps take turns between two sets of sums.
-template <int Terms, class Next>
-void one_tile(const Wna16& a, const std::byte* x, const uint32_t* expanded, const Groups& groups, int64_t rows,
-              float* sums, Next& next) {
-  alignas(64) float group_sums[2][2][kTileSums];
-  const int64_t tile_bytes = rows * kRowBytes;
-  const auto add = [&](int64_t g) SLIDERQUANT_INLINE {
-    add_group<true>(a, groups.first + g, groups.n0, rows, group_sums[g % 2][0], group_sums[g % 2][1], sums);
-  };
-  for (int64_t g = 0; g < groups.count; ++g) {
-    zero_tiles<kSum00, 4>();
-    for (int64_t step = 0; step < groups.steps; step += 2) {
-      load_weights(expanded);
-      unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE { dot_one<DotBf16, false>(x + Term * tile_bytes); });
-      next.turn();
-      x += Terms * tile_bytes;
-      expanded += kStepWords;
-      if (step + 1 == groups.steps) break;
-      load_weights(expanded);
-      unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE { dot_one<DotBf16, true>(x + Term * tile_bytes); });
-      next.turn();
-      x += Terms * tile_bytes;
-      expanded += kStepWords;
-    }
-    store_sums<kSum00>(group_sums[g % 2][0]);
-    store_sums<kSum10>(group_sums[g % 2][1]);
-    if (g > 0) add(g - 1);
-  }
-  add(groups.count - 1);
 }
 
 void store_panels(const Wna16& a, int64_t begin, int64_t end, int64_t panel_sums, const float* sums) {
@@ -150,56 +175,61 @@ template <int Bits, int Terms, bool HasZero>
 void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   const TokenTiles tiles = packed.tiles;
-  const int64_t sharing = tiles.blocks() == 1 ? 1 : std::min<int64_t>(kSharingPanels, end - begin);
+  const int64_t sharing = tiles.blocks() == 1 ? 1 : std::min(kSharing, end - begin);
   const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  constexpr int64_t kExpanded = kChunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(2 * kExpanded + sharing * panel_sums);
-  auto* sums = reinterpret_cast<float*>(expanded + 2 * kExpanded);
+  constexpr int64_t kRoom = 2 * kChunk / kStep * kStepWords;
+  auto* expanded = scratch.get<uint32_t>(kRoom + sharing * panel_sums);
+  auto* sums = reinterpret_cast<float*>(expanded + kRoom);
   const Expand<Bits, HasZero> expand;
+  const Walk walk = {begin, end, sharing, a.k, kChunk};
   const TileState state(tiles.rows);
-  walk_chunks<kChunk, kStep>(
-      {begin, end, sharing, a.k}, tiles.blocks(), expanded,
-      [&](int64_t panel, int64_t k, uint32_t* into) SLIDERQUANT_INLINE {
-        return Expansion<Bits, HasZero>{a, expand, chunk_words<Bits>(a.w, a.k, panel, k), into,
-                                        panel * layout::kPanelRows, k};
+  GroupSums group_sums(tiles.rows);
+  std::fill(sums, sums + sharing * panel_sums, 0.0f);
+  walk_chunks<Bits, kStep>(
+      walk, a.w, tiles.blocks(), expanded,
+      [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
+        return Expansion<Bits, HasZero>{a, expand, words, ahead, into, at.panel * layout::kPanelRows, at.k / a.group,
+                                        std::min(a.group, walk.chunk_at(at.k))};
       },
-      [&](int64_t group, int64_t panel, int64_t k, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
-        float* into = sums + (panel - group) * panel_sums;
-        if (k == 0) std::fill(into, into + panel_sums, 0.0f);
-        const int64_t chunk = std::min(kChunk, a.k - k), part = std::min(a.group, chunk);
-        const Groups groups = {k / a.group, chunk / part, part / kStep, panel * layout::kPanelRows};
+      [&](const auto& at, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
+        const int64_t chunk = walk.chunk_at(at.k), part = std::min(a.group, chunk), steps = chunk / kStep;
+        const Groups groups = {at.k / a.group, chunk / part, part / kStep, at.panel * layout::kPanelRows};
         for (int64_t block = 0; block < tiles.blocks(); ++block) {
-          const std::byte* tokens = x + packed.block(k / kStep, chunk / kStep, block);
+          const std::byte* tokens = x + packed.block(at.k / kStep, steps, block);
+          float* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
           if (2 * block + 1 < tiles.count) {
-            two_tiles<Terms>(a, tokens, weights, groups, tiles.rows, into, next);
+            multiply_block<Terms, true>(a, tokens, weights, groups, tiles.rows, into, group_sums, next);
           } else {
-            one_tile<Terms>(a, tokens, weights, groups, tiles.rows, into, next);
+            multiply_block<Terms, false>(a, tokens, weights, groups, tiles.rows, into, group_sums, next);
           }
-          into += 2 * tiles.rows * layout::kPanelRows;
         }
       },
-      [&](int64_t first, int64_t last) { store_panels(a, first, last, panel_sums, sums); });
+      [&](int64_t first, int64_t last) {
+        group_sums.rest();
+        store_panels(a, first, last, panel_sums, sums);
+        std::fill(sums, sums + (last - first) * panel_sums, 0.0f);
+      });
 }
 
 // Packs the rows of a tile of tokens where PackedTokens has them.
 void pack_tile(const Wna16& a, const PackedTokens& packed, int64_t tile, std::byte* x) {
-  for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
-    const int64_t steps = std::min(kChunk, a.k - k0) / kStep;
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int term = 0; term < packed.terms; ++term) {
-        std::byte* to = x + packed.tile(k0 / kStep, steps, step, tile, term);
-        if (tile == packed.tiles.count - 1) std::memset(to, 0, packed.tiles.rows * kRowBytes);
-      }
-      const int64_t first = tile * packed.tiles.rows, last = std::min(first + packed.tiles.rows, a.m);
-      std::byte* to = x + packed.tile(k0 / kStep, steps, step, tile, 0);
-      std::byte* low = x + packed.tile(k0 / kStep, steps, step, tile, 1);
-      for (int64_t m = first; m < last; ++m) {
-        const uint16_t* from = a.x + m * a.x_stride + k0 + step * kStep;
-        const int64_t at = (m - first) * kRowBytes;
+  for (int64_t row = 0; row < packed.tiles.rows; ++row) {
+    const int64_t m = tile * packed.tiles.rows + row;
+    const uint16_t* from = a.x + m * a.x_stride;
+    for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
+      const int64_t steps = std::min(kChunk, a.k - k0) / kStep;
+      for (int64_t step = 0; step < steps; ++step) {
+        std::byte* term[2];
+        for (int i = 0; i < packed.terms; ++i) {
+          term[i] = x + packed.tile(k0 / kStep, steps, step, tile, i) + row * kRowBytes;
+          if (m >= a.m) _mm512_store_si512(term[i], _mm512_setzero_si512());
+        }
+        if (m >= a.m) continue;
+        const uint16_t* values = from + k0 + step * kStep;
         if (packed.terms == 1) {
-          std::memcpy(to + at, from, kRowBytes);
+          _mm512_store_si512(term[0], _mm512_loadu_si512(values));
         } else {
-          split_row(from, kStep, reinterpret_cast<uint16_t*>(to + at), reinterpret_cast<uint16_t*>(low + at));
+          split_row(values, kStep, reinterpret_cast<uint16_t*>(term[0]), reinterpret_cast<uint16_t*>(term[1]));
         }
       }
     }
@@ -225,9 +255,13 @@ RunPanels panels_of(int bits, int terms, bool has_zero) {
 
 // The panels given, for up to kSuperTokens tokens.
 void super_block(const Wna16& a, Panels of, Parallel parallel) {
-  if (a.m <= kFewTokens) return avx512::wna16(a, of, parallel);
+  if (a.m <= few_tokens(a.bits)) {
+    // Fixed point has no infinities.
+    if (!fixed_point_wna16(a, of, parallel)) avx512::wna16(a, of, parallel);
+    return;
+  }
   thread_local Scratch pack;
-  const PackedTokens packed = {TokenTiles(a.m), a.x_type == Float::kFp16 ? 2 : 1};
+  const PackedTokens packed = {TokenTiles(a.m), a.x_type == Float::kFp16 ? 2 : 1, kChunk};
   std::byte* x = pack.get<std::byte>(packed.bytes(a.k / kStep));
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, x);

@@ -32,8 +32,6 @@ static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be who
 
 constexpr float kFarScale = 1 << 20;  // scales further apart than this never have one sum in common
 
-constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
-
 SLIDERQUANT_INLINE inline __m512 dot(__m512 sum, __m512i pair, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(x));
 }
@@ -208,7 +206,7 @@ void expand_chunk(const Wna16& a, int64_t panel, int64_t k0, int64_t chunk, cons
   for (int64_t first = k0; first < k0 + chunk; first += part) {
     __m512i zero[kTiles] = {};
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      if constexpr (HasZero) zero[T] = load_zero_pairs(a, first / a.group, n0 + T * layout::kVectorRows);
+      if constexpr (HasZero) zero[T] = load_zero_bytes(a, first / a.group, n0 + T * layout::kVectorRows);
     });
     expand_pairs(expand, w, part, zero, expanded);
     w += layout::row_words(Bits, part) * layout::kPanelRows;

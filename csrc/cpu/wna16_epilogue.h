@@ -11,10 +11,12 @@
 
 namespace sliderquant::cpu::avx512 {
 
-// Zero points of one group of one half panel, in both halves of each lane.
-SLIDERQUANT_INLINE inline __m512i load_zero_pairs(const Wna16& a, int64_t g, int64_t n) {
+constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
+
+// Zero points of one group of one half panel, in every byte of a lane.
+SLIDERQUANT_INLINE inline __m512i load_zero_bytes(const Wna16& a, int64_t g, int64_t n) {
   const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(tail_mask(n, a.n), a.zero + g * a.n + n));
-  return _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
+  return _mm512_shuffle_epi8(zero, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C)));
 }
 
 // Group g of the panel at n, or of the next panel where g runs past the last one.
