@@ -29,10 +29,18 @@ constexpr int64_t few_tokens(int bits) { return bits == 8 ? 4 : 2; }
 static_assert(few_tokens(8) <= kFixedPointTokens, "fixed_point_wna16 takes no more tokens");
 
 constexpr int64_t kStep = kRowBytes / 2;  // input channels
-constexpr int64_t kChunk = 128;           // input channels per expansion: what is expanded must still be in L1
-constexpr int64_t kSharing = 32;          // panels
 static_assert(kStep == layout::kBlockCodes, "a step must be whole periods and lie in one group");
-static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
+
+// Input channels per expansion, and panels that share a chunk of the tokens. Few tokens wait for what is expanded, which
+// must still be in L1; with many of them a small chunk of theirs leaves L2 to the sums. Measured.
+struct Blocking {
+  int64_t chunk, sharing;
+};
+inline Blocking blocking_for(const TokenTiles& tiles) {
+  constexpr Blocking kFew = {128, 1}, kSome = {256, 8}, kMany = {128, 32};
+  static_assert(kFew.chunk % 128 == 0 && kSome.chunk % 128 == 0 && kMany.chunk % 128 == 0, "a chunk must hold whole groups");
+  return tiles.blocks() == 1 ? kFew : tiles.blocks() <= 4 ? kSome : kMany;
+}
 
 // Expands a chunk of a panel, a step with every call.
 template <int Bits, bool HasZero>
@@ -175,13 +183,13 @@ template <int Bits, int Terms, bool HasZero>
 void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   const TokenTiles tiles = packed.tiles;
-  const int64_t sharing = tiles.blocks() == 1 ? 1 : std::min(kSharing, end - begin);
+  const int64_t sharing = std::min(blocking_for(tiles).sharing, end - begin);
   const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  constexpr int64_t kRoom = 2 * kChunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(kRoom + sharing * panel_sums);
-  auto* sums = reinterpret_cast<float*>(expanded + kRoom);
+  const int64_t room = 2 * packed.chunk / kStep * kStepWords;
+  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
+  auto* sums = reinterpret_cast<float*>(expanded + room);
   const Expand<Bits, HasZero> expand;
-  const Walk walk = {begin, end, sharing, a.k, kChunk};
+  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
   const TileState state(tiles.rows);
   GroupSums group_sums(tiles.rows);
   std::fill(sums, sums + sharing * panel_sums, 0.0f);
@@ -216,8 +224,8 @@ void pack_tile(const Wna16& a, const PackedTokens& packed, int64_t tile, std::by
   for (int64_t row = 0; row < packed.tiles.rows; ++row) {
     const int64_t m = tile * packed.tiles.rows + row;
     const uint16_t* from = a.x + m * a.x_stride;
-    for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
-      const int64_t steps = std::min(kChunk, a.k - k0) / kStep;
+    for (int64_t k0 = 0; k0 < a.k; k0 += packed.chunk) {
+      const int64_t steps = std::min(packed.chunk, a.k - k0) / kStep;
       for (int64_t step = 0; step < steps; ++step) {
         std::byte* term[2];
         for (int i = 0; i < packed.terms; ++i) {
@@ -261,7 +269,8 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
     return;
   }
   thread_local Scratch pack;
-  const PackedTokens packed = {TokenTiles(a.m), a.x_type == Float::kFp16 ? 2 : 1, kChunk};
+  const TokenTiles tiles(a.m);
+  const PackedTokens packed = {tiles, a.x_type == Float::kFp16 ? 2 : 1, blocking_for(tiles).chunk};
   std::byte* x = pack.get<std::byte>(packed.bytes(a.k / kStep));
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, x);
