@@ -27,7 +27,8 @@ double peak(const std::string& kind, double seconds) {
 #ifdef SLIDERQUANT_X86
   if (cpu::supports("avx512") && (kind == "bf16" || kind == "int8")) {
     py::gil_scoped_release release;
-    return kind == "bf16" ? cpu::peak_bf16(seconds) : cpu::peak_int8(seconds);
+    if (cpu::supports("amx")) return kind == "bf16" ? cpu::amx::peak_bf16(seconds) : cpu::amx::peak_int8(seconds);
+    return kind == "bf16" ? cpu::avx512::peak_bf16(seconds) : cpu::avx512::peak_int8(seconds);
   }
 #endif
   throw py::value_error("peak: expected bf16 or int8 on a machine that runs the avx512 kernels, found " + kind);

@@ -8,7 +8,7 @@ import torch
 from sliderquant_vllm import ops
 from tests.native import LIBRARY
 
-ISAS = ("portable", "avx2", "avx512f", "avx512")
+ISAS = ("portable", "avx2", "avx512f", "avx512", "amx")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -64,6 +64,11 @@ SLIDERQUANT_KERNELS(avx512f)
 SLIDERQUANT_KERNELS(avx512)  // with VNNI and BF16
 #undef SLIDERQUANT_KERNELS
 
+namespace amx {  // in everything else like avx512
+void wna16(const Wna16&, Panels, Parallel);
+void integer_gemm(const IntegerGemm&, Panels, Parallel);
+}  // namespace amx
+
 // The kernels of the selected instruction set. Throws std::runtime_error where the request cannot be met.
 const Kernels& kernels();
 

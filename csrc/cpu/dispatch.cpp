@@ -20,8 +20,16 @@ namespace {
           isa::integer_gemm, isa::repack, isa::column_sums, isa::fake_quantize, isa::fake_quantize_backward     \
     }                                                                                                           \
   }
+#ifdef SLIDERQUANT_X86
+const Kernels kAmx = {
+    amx::wna16,     avx512::quantize,    avx512::hadamard,      amx::integer_gemm,
+    avx512::repack, avx512::column_sums, avx512::fake_quantize, avx512::fake_quantize_backward,
+};
+#endif
+
 const std::pair<const char*, Kernels> kTable[] = {
 #ifdef SLIDERQUANT_X86
+    {"amx", kAmx},
     SLIDERQUANT_ROW(avx512),
     SLIDERQUANT_ROW(avx512f),
     SLIDERQUANT_ROW(avx2),

@@ -1,4 +1,4 @@
-// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps. Included by files compiled for AVX512 only.
+// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps and tdpbf16ps. Included by files compiled for AVX512 only.
 #pragma once
 
 #include <immintrin.h>
@@ -25,17 +25,12 @@ struct Lookup {
     }
     table = _mm512_load_si512(values);
   }
-  // Codes at the bottom of 16-bit lanes.
-  SLIDERQUANT_INLINE __m512i operator()(__m512i codes, __m512i zero) const {
-    if constexpr (HasZero) {
-      codes = _mm512_sub_epi16(_mm512_and_si512(codes, _mm512_set1_epi16((1 << Bits) - 1)), zero);
-    }
-    return _mm512_permutexvar_epi16(codes, table);
-  }
+  // What is looked up stands at the bottom of 16-bit lanes.
+  SLIDERQUANT_INLINE __m512i operator()(__m512i codes) const { return _mm512_permutexvar_epi16(codes, table); }
 };
 
-// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels;
-// words are the period's words of the first of them, zero their zero points, in both halves of a lane.
+// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels, in some order;
+// words are the period's words of the first of them, zero their zero points, in every byte of a lane.
 template <int Bits, bool HasZero>
 struct Expand {
   static_assert(Bits == 2 || Bits == 4, "3 and 8 bits have layouts of their own");
@@ -43,9 +38,13 @@ struct Expand {
   Lookup<Bits, HasZero> value;
   template <class Emit>
   SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
-    const __m512i v = _mm512_loadu_si512(words);
-    unroll<kPairs>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(value(_mm512_srli_epi16(v, Bits * Q), zero));
+    const __m512i v = _mm512_loadu_si512(words), mask = _mm512_set1_epi8((1 << Bits) - 1);
+    // Zero points are subtracted from two codes at once, those at the bottom of the bytes of a 16-bit lane.
+    unroll<kPairs / 2>([&]<int Q>() SLIDERQUANT_INLINE {
+      __m512i codes = _mm512_srli_epi16(v, Bits * Q);
+      if constexpr (HasZero) codes = _mm512_sub_epi8(_mm512_and_si512(codes, mask), zero);
+      emit.template operator()<Q>(value(codes));
+      emit.template operator()<Q + kPairs / 2>(value(_mm512_srli_epi16(codes, 8)));
     });
   }
 };
@@ -58,14 +57,17 @@ struct Expand<3, HasZero> {
   SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
     const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
                           _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
+    const auto centred = [&](__m512i codes) SLIDERQUANT_INLINE {
+      return HasZero ? _mm512_sub_epi8(_mm512_and_si512(codes, _mm512_set1_epi16(7)), zero) : codes;
+    };
     unroll<kPairs - 1>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(value(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)), zero));
+      emit.template operator()<Q>(value(centred(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)))));
     });
     // The sixteenth pair: one bit on top of each word. 0xEA is (a & b) | c.
     const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 14), _mm512_set1_epi16(2),
                                                   _mm512_srli_epi16(v[0], 15), 0xEA);
     const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 13), _mm512_set1_epi16(4), two, 0xEA);
-    emit.template operator()<kPairs - 1>(value(three, zero));
+    emit.template operator()<kPairs - 1>(value(centred(three)));
   }
 };
 
@@ -79,7 +81,7 @@ struct Expand<8, HasZero> {
                               : _mm512_xor_si512(_mm512_loadu_si512(words), _mm512_set1_epi8(static_cast<char>(0x80)));
     const auto value = [&](int byte) SLIDERQUANT_INLINE {
       const __m512i top = _mm512_slli_epi32(v, 24 - 8 * byte);
-      const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero, 16))
+      const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero, 24))
                                    : _mm512_srai_epi32(top, 24);
       return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
     };
@@ -89,5 +91,20 @@ struct Expand<8, HasZero> {
     emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
   }
 };
+
+// Expands `chunk` codes of a panel, from a period on and with the same zero points, to [pairs of k, 32].
+template <int Bits, bool HasZero>
+void expand_pairs(const Expand<Bits, HasZero>& expand, const uint32_t* w, int64_t chunk, const __m512i (&zero)[kTiles],
+                  uint32_t* expanded) {
+  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+      });
+    });
+    w += layout::period_words(Bits) * layout::kPanelRows;
+    expanded += Expand<Bits, HasZero>::kPairs * layout::kPanelRows;
+  }
+}
 
 }  // namespace sliderquant::cpu::avx512

@@ -1,39 +1,30 @@
-// How fast one thread multiplies out of registers, for benchmarks: the roof over every kernel here.
-#include <chrono>
-
+// How fast one thread multiplies out of vector registers, for benchmarks: the roof over every kernel for AVX512.
 #include "avx512.h"
+#include "fastest.h"
 #include "peak.h"
 
-namespace sliderquant::cpu {
+namespace sliderquant::cpu::avx512 {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr int kSums = 24;  // as many as the kernels have
 constexpr int kRounds = 10000;
 
-// Operations per second while step(sums) does kSums instructions of so many operations each; the best of many bursts.
+// Operations per second where step(sums) does kSums instructions of so many operations each.
 template <class Vector, class Step>
-SLIDERQUANT_INLINE inline double fastest(double seconds, int operations, Step&& step) {
+SLIDERQUANT_INLINE inline double peak(double seconds, int operations, const Step& step) {
   Vector sums[kSums] = {};
   // To the compiler they differ, or it would compute one of them alone; and all are wanted.
   unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" : "+v"(sums[I])); });
-  double best = 0;
-  for (const auto end = Clock::now() + std::chrono::duration<double>(seconds); Clock::now() < end;) {
-    const auto begin = Clock::now();
-    for (int round = 0; round < kRounds; ++round) step(sums);
-    const double taken = std::chrono::duration<double>(Clock::now() - begin).count();
-    best = best > kRounds * kSums / taken ? best : kRounds * kSums / taken;
-  }
+  const double rounds = fastest(seconds, kRounds, [&]() SLIDERQUANT_INLINE { step(sums); });
   unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" ::"v"(sums[I])); });
-  return best * operations;
+  return rounds * kSums * operations;
 }
 
 }  // namespace
 
 double peak_bf16(double seconds) {
   const __m512i pair = _mm512_set1_epi32(0x3F803F80);
-  return fastest<__m512>(seconds, 64, [&](__m512* sums) SLIDERQUANT_INLINE {
+  return peak<__m512>(seconds, 64, [&](__m512* sums) SLIDERQUANT_INLINE {
     asm volatile("" ::"v"(pair));
     unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
       sums[I] = _mm512_dpbf16_ps(sums[I], reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(pair));
@@ -43,10 +34,10 @@ double peak_bf16(double seconds) {
 
 double peak_int8(double seconds) {
   const __m512i quad = _mm512_set1_epi8(1);
-  return fastest<__m512i>(seconds, 128, [&](__m512i* sums) SLIDERQUANT_INLINE {
+  return peak<__m512i>(seconds, 128, [&](__m512i* sums) SLIDERQUANT_INLINE {
     asm volatile("" ::"v"(quad));
     unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { sums[I] = _mm512_dpbusd_epi32(sums[I], quad, quad); });
   });
 }
 
-}  // namespace sliderquant::cpu
+}  // namespace sliderquant::cpu::avx512

@@ -18,6 +18,7 @@
 #include "avx512.h"
 #include "expand_pairs.h"
 #include "pack_tokens.h"
+#include "wna16_epilogue.h"
 
 namespace sliderquant::cpu::avx512 {
 namespace {
@@ -30,8 +31,6 @@ constexpr int kPairsPerTurn = 4;
 static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be whole turns");
 
 constexpr float kFarScale = 1 << 20;  // scales further apart than this never have one sum in common
-
-constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
 
 SLIDERQUANT_INLINE inline __m512 dot(__m512 sum, __m512i pair, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(x));
@@ -72,34 +71,6 @@ SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64
     result.zero = _mm512_cvtepi32_ps(centred);
   }
   return result;
-}
-
-// Zero points of one group of one half panel, in both halves of each lane.
-SLIDERQUANT_INLINE inline __m512i load_zero_pairs(const Wna16& a, int64_t g, int64_t n) {
-  const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(tail_mask(n, a.n), a.zero + g * a.n + n));
-  return _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
-}
-
-// Group g of the panel at n, or of the next panel where g runs past the last one.
-SLIDERQUANT_INLINE inline void prefetch_scale(const Wna16& a, int64_t g, int64_t n) {
-  const int64_t groups = a.k / a.group;
-  if (g >= groups) {
-    n += layout::kPanelRows;
-    g = std::min(g - groups, groups - 1);
-  }
-  if (n >= a.n) return;
-  const int64_t at = g * a.n + n;
-  _mm_prefetch(a.scale + at, _MM_HINT_T0);
-  if (a.n - n > layout::kVectorRows) _mm_prefetch(a.scale + at + layout::kVectorRows, _MM_HINT_T0);
-  if (a.zero != nullptr) _mm_prefetch(a.zero + at, _MM_HINT_T0);
-}
-
-void store_row(const Wna16& a, int64_t m, int64_t n, __m512 sum) {
-  const __mmask16 mask = tail_mask(n, a.n);
-  if (a.bias != nullptr) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, a.bias + n));
-  const __m256i y = a.x_type == Float::kBf16 ? reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum))
-                                             : _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_mask_storeu_epi16(a.y + m * a.n + n, mask, y);
 }
 
 // A panel for Tokens <= kDirectTokens tokens.
@@ -235,17 +206,11 @@ void expand_chunk(const Wna16& a, int64_t panel, int64_t k0, int64_t chunk, cons
   for (int64_t first = k0; first < k0 + chunk; first += part) {
     __m512i zero[kTiles] = {};
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      if constexpr (HasZero) zero[T] = load_zero_pairs(a, first / a.group, n0 + T * layout::kVectorRows);
+      if constexpr (HasZero) zero[T] = load_zero_bytes(a, first / a.group, n0 + T * layout::kVectorRows);
     });
-    for (int64_t k = 0; k < part; k += layout::period_codes(Bits)) {
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
-          _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
-        });
-      });
-      w += layout::period_words(Bits) * layout::kPanelRows;
-      expanded += Expand<Bits, HasZero>::kPairs * layout::kPanelRows;
-    }
+    expand_pairs(expand, w, part, zero, expanded);
+    w += layout::row_words(Bits, part) * layout::kPanelRows;
+    expanded += part / 2 * layout::kPanelRows;
   }
 }
 

@@ -1,0 +1,194 @@
+// Integer GEMM (W4A4 and every other pair of widths up to 8) for AMX.
+//
+// Index names: n output channel, panel 32 of them, m token, tile up to 16 of them, block two tiles, k input channel,
+// step 64 of them.
+//
+// tdpbusd multiplies unsigned activation codes with signed weight codes and adds exactly, like vpdpbusd. While tiles
+// multiply a chunk of a panel, vector units expand the next one, a step at a time: the processor looks some hundred
+// cycles ahead, and a step of a block takes it 64.
+#include <algorithm>
+#include <cstring>
+
+#include "amx.h"
+#include "api.h"
+#include "expand_quads.h"
+#include "integer_epilogue.h"
+
+namespace sliderquant::cpu::amx {
+namespace {
+
+using namespace avx512;
+
+constexpr int64_t kStep = kRowBytes;  // input channels
+
+// Input channels per expansion. Few tokens wait for what is expanded, which must still be in L1; for many of them fewer
+// chunks mean that their sums enter and leave the registers less often. Measured.
+inline int64_t chunk_for(const TokenTiles& tiles) { return tiles.blocks() == 1 ? 256 : 512; }
+static_assert(kStep % layout::kBlockCodes == 0, "a step must be whole periods of every width");
+
+// Expands a chunk of a panel, a step with every call.
+template <int Bits>
+struct Expansion {
+  const uint32_t *words, *ahead;
+  uint32_t* expanded;
+  int64_t left;
+
+  SLIDERQUANT_INLINE void step() {
+    constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
+    prefetch_words<kWords>(ahead);
+    // Of a last half step the other half is whatever was there: it meets codes of tokens that are zero.
+    expand_quads<Bits>(words, std::min(left, kStep), expanded);
+    words += kWords;
+    ahead += kWords;
+    expanded += kStepWords;
+    left -= kStep;
+  }
+};
+
+// How sums enter and leave the registers of a block.
+struct Passage {
+  bool zero, load, store;
+};
+
+// sums[tokens of the block, 32] += what a chunk gives, for two tiles of tokens.
+template <class Next>
+void two_tiles(const std::byte* codes, const uint32_t* expanded, int64_t steps, int64_t rows, Passage passage,
+               int32_t* sums, Next& next) {
+  const int64_t tile_bytes = rows * kRowBytes;
+  int32_t* second = sums + rows * layout::kPanelRows;
+  if (passage.zero) zero_tiles<kSum00, 4>();
+  if (passage.load) load_sums<kSum00>(sums), load_sums<kSum10>(second);
+  for (int64_t step = 0; step < steps; ++step) {
+    load_weights(expanded);
+    dot_two<DotInt8>(codes, tile_bytes);
+    next.turn();
+    expanded += kStepWords;
+    codes += 2 * tile_bytes;
+  }
+  if (passage.store) store_sums<kSum00>(sums), store_sums<kSum10>(second);
+}
+
+// The same for one tile; steps take turns between two sets of sums.
+template <class Next>
+void one_tile(const std::byte* codes, const uint32_t* expanded, int64_t steps, int64_t rows, Passage passage,
+              int32_t* sums, Next& next) {
+  const int64_t tile_bytes = rows * kRowBytes;
+  if (passage.zero) zero_tiles<kSum00, 2>();
+  if (passage.load) load_sums<kSum00>(sums);
+  if (passage.zero || passage.load) zero_tiles<kSum10, 2>();
+  for (int64_t step = 0; step < steps; step += 2) {
+    load_weights(expanded);
+    dot_one<DotInt8, false>(codes);
+    next.turn();
+    if (step + 1 == steps) break;
+    load_weights(expanded + kStepWords);
+    dot_one<DotInt8, true>(codes + tile_bytes);
+    next.turn();
+    expanded += 2 * kStepWords;
+    codes += 2 * tile_bytes;
+  }
+  if (!passage.store) return;
+  alignas(64) int32_t odd[kTileRows * layout::kPanelRows];
+  store_sums<kSum00>(sums);
+  store_sums<kSum10>(odd);
+  for (int64_t i = 0; i < rows * layout::kPanelRows; i += layout::kVectorRows) {
+    _mm512_store_si512(sums + i, _mm512_add_epi32(_mm512_load_si512(sums + i), _mm512_load_si512(odd + i)));
+  }
+}
+
+void store_panels(const IntegerGemm& a, int64_t begin, int64_t end, int64_t panel_sums, const int32_t* sums) {
+  Columns columns[kSharingPanels * kTiles];
+  const int64_t registers = (end - begin) * kTiles;
+  for (int64_t i = 0; i < registers; ++i) {
+    columns[i] = load_columns(a, begin * layout::kPanelRows + i * layout::kVectorRows);
+  }
+  for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
+    for (int64_t i = 0; i < registers; ++i) {
+      const int32_t* sum = sums + i / kTiles * panel_sums + i % kTiles * layout::kVectorRows;
+      store_row(a, columns[i], m, begin * layout::kPanelRows + i * layout::kVectorRows, _mm512_load_si512(sum));
+    }
+  }
+}
+
+template <int Bits>
+void panels(const IntegerGemm& a, const PackedTokens& packed, const std::byte* codes, int64_t begin, int64_t end) {
+  thread_local Scratch scratch;
+  const TokenTiles tiles = packed.tiles;
+  const bool resident = tiles.blocks() == 1;  // its sums stay in registers from chunk to chunk of a panel
+  const int64_t sharing = resident ? 1 : std::min<int64_t>(kSharingPanels, end - begin);
+  const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
+  const int64_t room = 2 * packed.chunk / kStep * kStepWords;
+  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
+  auto* sums = reinterpret_cast<int32_t*>(expanded + room);
+  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
+  const TileState state(tiles.rows);
+  walk_chunks<Bits, kStep>(
+      walk, a.w, tiles.blocks(), expanded,
+      [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
+        return Expansion<Bits>{words, ahead, into, walk.chunk_at(at.k)};
+      },
+      [&](const auto& at, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
+        const int64_t steps = (walk.chunk_at(at.k) + kStep - 1) / kStep;
+        const Passage passage = {at.k == 0, at.k > 0 && !resident, !resident || at.k + packed.chunk >= a.k};
+        for (int64_t block = 0; block < tiles.blocks(); ++block) {
+          const std::byte* tokens = codes + packed.block(at.k / kStep, steps, block);
+          int32_t* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
+          if (2 * block + 1 < tiles.count) {
+            two_tiles(tokens, weights, steps, tiles.rows, passage, into, next);
+          } else {
+            one_tile(tokens, weights, steps, tiles.rows, passage, into, next);
+          }
+        }
+      },
+      [&](int64_t first, int64_t last) { store_panels(a, first, last, panel_sums, sums); });
+}
+
+// Packs the codes of a tile of tokens where PackedTokens has them.
+void pack_tile(const IntegerGemm& a, const PackedTokens& packed, int64_t tile, std::byte* codes) {
+  for (int64_t row = 0; row < packed.tiles.rows; ++row) {
+    const int64_t m = tile * packed.tiles.rows + row;
+    const uint8_t* from = a.codes + m * a.k;
+    for (int64_t k0 = 0; k0 < a.k; k0 += packed.chunk) {
+      const int64_t chunk = std::min(packed.chunk, a.k - k0), steps = (chunk + kStep - 1) / kStep;
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t left = m < a.m ? chunk - step * kStep : 0;
+        const __mmask64 mask = left >= kStep ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+        _mm512_store_si512(codes + packed.tile(k0 / kStep, steps, step, tile, 0) + row * kRowBytes,
+                           _mm512_maskz_loadu_epi8(mask, from + k0 + step * kStep));
+      }
+    }
+  }
+}
+
+using RunPanels = void (*)(const IntegerGemm&, const PackedTokens&, const std::byte*, int64_t, int64_t);
+
+RunPanels panels_of(int bits) {
+  switch (bits) {
+    case 2: return panels<2>;
+    case 3: return panels<3>;
+    case 4: return panels<4>;
+    default: return panels<8>;
+  }
+}
+
+// The panels given, for up to kSuperTokens tokens.
+void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
+  thread_local Scratch pack;
+  const TokenTiles tiles(a.m);
+  const PackedTokens packed = {tiles, 1, chunk_for(tiles)};
+  std::byte* codes = pack.get<std::byte>(packed.bytes((a.k + kStep - 1) / kStep));
+  parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, codes);
+  });
+  const RunPanels run = panels_of(a.bits);
+  parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
+               [&](int64_t begin, int64_t end) { run(a, packed, codes, of.begin + begin, of.begin + end); });
+}
+
+}  // namespace
+
+void integer_gemm(const IntegerGemm& a, Panels of, Parallel parallel) {
+  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, of, parallel); });
+}
+
+}  // namespace sliderquant::cpu::amx

@@ -1,0 +1,252 @@
+// W*A16 for up to four tokens on processors with AMX, whose vdpbf16ps takes two cycles and whose vpdpbusd takes half a
+// one; needs AVX512 with VNNI alone.
+//
+// Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, k input channel,
+// block up to 128 of them within a group, q four k of a period, d digit, u independent accumulator chain.
+//
+// x becomes fixed point: within a block every value is a 23-bit integer times a power of two. That is exact for bf16
+// within 2^14 of the largest value of the block (2^11 for fp16), and smaller ones are off by 2^-22 of the largest at
+// most. Three signed bytes make such an integer, and vpdpbusd adds their products with the codes without any rounding.
+// Zero points are subtracted from these sums, in fp32 that holds them exactly.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "avx512.h"
+#include "fixed_point.h"
+#include "wna16_epilogue.h"
+
+namespace sliderquant::cpu::amx {
+namespace {
+
+using namespace avx512;
+
+constexpr int kDigits = 3;
+constexpr int kIntegerBits = 22;  // of a magnitude: digits from -128 to 127 reach no further than 0x7F7F7F
+constexpr int64_t kBlock = 128;
+static_assert(kBlock * 255 * 128 < 1 << 24, "the sums of a block and their zero points must be exact in fp32");
+
+// Which two pairs of k the bytes of a quad hold: the first pair in bytes 0 and 2, the second in bytes 1 and 3.
+struct PairsOfQuad {
+  int first, second;
+};
+
+template <int Bits>
+constexpr PairsOfQuad pairs_of_quad(int q) {
+  constexpr int kHalf = 8 / Bits;  // quads of a word
+  if (Bits != 3) return {q, q + kHalf};
+  // Of the five pairs of a word 0 and 3, 1 and 4 are together; the third ones and the sixteenth pair remain.
+  if (q < 6) return {5 * (q / 2) + q % 2, 5 * (q / 2) + q % 2 + 3};
+  return q == 6 ? PairsOfQuad{2, 7} : PairsOfQuad{12, 15};
+}
+
+template <int Bits>
+constexpr int kQuads = layout::period_codes(Bits) / 4;  // of a period
+
+// Calls emit.template operator()<q>(quad of unsigned codes) for one period of one register's 16 channels; words are the
+// period's words of the first of them.
+template <int Bits, class Emit>
+SLIDERQUANT_INLINE inline void expand_unsigned(const uint32_t* words, Emit&& emit) {
+  if constexpr (Bits == 3) {
+    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
+                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
+    const __m512i low = _mm512_set1_epi16(0x0007), high = _mm512_set1_epi16(0x0700);
+    const auto join = [&](__m512i first, __m512i second) SLIDERQUANT_INLINE {
+      return _mm512_ternarylogic_epi32(first, low, _mm512_and_si512(second, high), 0xEA);  // (first & low) | ..
+    };
+    unroll<3>([&]<int D>() SLIDERQUANT_INLINE {
+      emit.template operator()<2 * D>(join(v[D], _mm512_srli_epi16(v[D], 1)));
+      emit.template operator()<2 * D + 1>(join(_mm512_srli_epi16(v[D], 3), _mm512_srli_epi16(v[D], 4)));
+    });
+    emit.template operator()<6>(join(_mm512_srli_epi16(v[0], 6), _mm512_slli_epi16(v[1], 2)));
+    // The sixteenth pair: one bit on top of each word, now in the high bytes. 0xEA is (a & b) | c.
+    const __m512i one = _mm512_and_si512(_mm512_srli_epi16(v[0], 7), _mm512_set1_epi16(0x0100));
+    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 6), _mm512_set1_epi16(0x0200), one, 0xEA);
+    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 5), _mm512_set1_epi16(0x0400), two, 0xEA);
+    emit.template operator()<7>(join(_mm512_srli_epi16(v[2], 6), three));
+  } else {
+    const __m512i v = _mm512_loadu_si512(words), mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
+    unroll<kQuads<Bits>>([&]<int Q>() SLIDERQUANT_INLINE {
+      emit.template operator()<Q>(Bits == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, Bits * Q), mask));
+    });
+  }
+}
+
+// x as integers: for each token digit by digit the bytes [k], in the order of the quads, and for each block the step
+// of the integers and the sums of the digits.
+struct FixedPoint {
+  int8_t* digits;  // [m][d][k]
+  float* step;     // [m][block]
+  float* sum;      // [m][block][d]
+  int64_t k, blocks;
+};
+
+// The block that holds channel k: within a group, and from a multiple of kBlock of it on.
+int64_t block_size(const Wna16& a, int64_t k) { return std::min(kBlock, a.group - k % a.group); }
+int64_t block_count(const Wna16& a) { return a.k / a.group * ((a.group + kBlock - 1) / kBlock); }
+
+// Where the 32 codes from a multiple of 32 on come from.
+template <int Bits>
+struct Order {
+  alignas(64) int32_t from[layout::kBlockCodes] = {};
+  constexpr Order() {
+    for (int i = 0; i < layout::kBlockCodes; ++i) {
+      const int period = i / layout::period_codes(Bits) * layout::period_codes(Bits), byte = i % 4;
+      const PairsOfQuad pairs = pairs_of_quad<Bits>((i - period) / 4);
+      from[i] = period + 2 * (byte % 2 == 0 ? pairs.first : pairs.second) + byte / 2;
+    }
+  }
+};
+
+SLIDERQUANT_INLINE inline __m512 load_values(const uint16_t* x, Float type) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return type == Float::kFp16 ? _mm512_cvtph_ps(half)
+                              : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <int Bits>
+bool to_fixed_point(const Wna16& a, int64_t m, const FixedPoint& x) {
+  static constexpr Order<Bits> order;
+  const __m512i from[2] = {_mm512_load_si512(order.from), _mm512_load_si512(order.from + 16)};
+  const uint16_t* row = a.x + m * a.x_stride;
+  int64_t block = m * x.blocks;
+  for (int64_t k = 0, size; k < a.k; k += size, ++block) {
+    size = block_size(a, k);
+    __m512 largest = _mm512_setzero_ps();
+    __mmask16 infinite = 0;
+    for (int64_t i = 0; i < size; i += 16) {
+      const __m512 value = _mm512_abs_ps(load_values(row + k + i, a.x_type));
+      infinite |= _mm512_cmp_ps_mask(value, _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ);
+      largest = _mm512_max_ps(largest, value);
+    }
+    if (infinite != 0) return false;
+    int exponent;  // largest < 2^exponent
+    std::frexp(_mm512_reduce_max_ps(largest), &exponent);
+    exponent = std::max(exponent, -100);  // the step must be a normal number
+    x.step[block] = std::ldexp(1.0f, exponent - kIntegerBits);
+    const __m512 per_step = _mm512_set1_ps(std::ldexp(1.0f, kIntegerBits - exponent));
+    __m512i sum[kDigits] = {};
+    for (int64_t i = 0; i < size; i += layout::kBlockCodes) {
+      __m512i value[2];
+      unroll<2>([&]<int H>() SLIDERQUANT_INLINE {
+        value[H] = _mm512_cvtps_epi32(_mm512_mul_ps(load_values(row + k + i + 16 * H, a.x_type), per_step));
+      });
+      unroll<2>([&]<int H>() SLIDERQUANT_INLINE {
+        __m512i rest = _mm512_permutex2var_epi32(value[0], from[H], value[1]);
+        unroll<kDigits>([&]<int D>() SLIDERQUANT_INLINE {
+          const __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+          rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
+          sum[D] = _mm512_add_epi32(sum[D], digit);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(x.digits + (m * kDigits + D) * x.k + k + i + 16 * H),
+                           _mm512_cvtepi32_epi8(digit));
+        });
+      });
+    }
+    for (int d = 0; d < kDigits; ++d) x.sum[block * kDigits + d] = static_cast<float>(_mm512_reduce_add_epi32(sum[d]));
+  }
+  return true;
+}
+
+SLIDERQUANT_INLINE inline __m512i broadcast_quad(const int8_t* digits) {
+  int32_t quad;
+  __builtin_memcpy(&quad, digits, sizeof quad);
+  return _mm512_set1_epi32(quad);
+}
+
+// A panel for Tokens tokens.
+template <int Bits, int Tokens>
+void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
+  // One token alone would wait for the latency of each product.
+  constexpr int kChains = Tokens > 2 ? 1 : std::min(2, kQuads<Bits>);
+  constexpr int kSums = Tokens * kDigits;
+  static_assert(kSums * kTiles * kChains <= 24, "the sums must stay in registers");
+  const int64_t n0 = panel * layout::kPanelRows;
+  const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + layout::kVectorRows, a.n)};
+  const uint32_t* w = chunk_words<Bits>(a.w, a.k, panel, 0);
+  __m512 y[Tokens][kTiles] = {};
+  for (int64_t k = 0, block = 0, size; k < a.k; k += size, ++block) {
+    size = block_size(a, k);
+    const int64_t g = k / a.group;
+    prefetch_scale(a, g + kScalePrefetch, n0);
+    __m512i sum[kSums][kTiles][kChains];
+    unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
+      unroll<kChains>([&]<int U>() SLIDERQUANT_INLINE { sum[I][0][U] = sum[I][1][U] = _mm512_setzero_si512(); });
+    });
+    const int8_t* digits = x.digits + k;
+    for (int64_t i = 0; i < size; i += layout::period_codes(Bits)) {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        expand_unsigned<Bits>(w + T * layout::kVectorRows, [&]<int Q>(__m512i quad) SLIDERQUANT_INLINE {
+          unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
+            __m512i& into = sum[I][T][Q % kChains];
+            into = _mm512_dpbusd_epi32(into, quad, broadcast_quad(digits + I * x.k + 4 * Q));
+          });
+        });
+      });
+      prefetch_period<Bits>(w);
+      w += layout::period_words(Bits) * layout::kPanelRows;
+      digits += layout::period_codes(Bits);
+    }
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      const int64_t at = g * a.n + n0 + T * layout::kVectorRows;
+      const __m512 scale = _mm512_maskz_loadu_ps(mask[T], a.scale + at);
+      const __m512 zero = a.zero != nullptr
+                              ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask[T], a.zero + at)))
+                              : _mm512_set1_ps(1 << (Bits - 1));
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const int64_t of_token = M * x.blocks + block;
+        __m512 total = _mm512_setzero_ps();
+        unroll<kDigits>([&]<int I>() SLIDERQUANT_INLINE {
+          constexpr int kDigit = kDigits - 1 - I, kSum = M * kDigits + kDigit;
+          __m512i products = sum[kSum][T][0];
+          if constexpr (kChains == 2) products = _mm512_add_epi32(products, sum[kSum][T][1]);
+          const __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[of_token * kDigits + kDigit]),
+                                                  _mm512_cvtepi32_ps(products));
+          total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), centred);
+        });
+        y[M][T] = _mm512_fmadd_ps(_mm512_mul_ps(total, _mm512_set1_ps(x.step[of_token])), scale, y[M][T]);
+      });
+    });
+  }
+  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE { store_row(a, M, n0 + T * layout::kVectorRows, y[M][T]); });
+  });
+}
+
+using RunPanel = void (*)(const Wna16&, const FixedPoint&, int64_t);
+using Prepare = bool (*)(const Wna16&, int64_t, const FixedPoint&);
+
+template <int Bits>
+std::pair<Prepare, RunPanel> functions_of(int64_t tokens) {
+  static constexpr RunPanel table[] = {fixed_point_panel<Bits, 1>, fixed_point_panel<Bits, 2>,
+                                       fixed_point_panel<Bits, 3>, fixed_point_panel<Bits, 4>};
+  static_assert(std::size(table) == kFixedPointTokens, "a kernel for each number of tokens");
+  return {to_fixed_point<Bits>, table[tokens - 1]};
+}
+
+std::pair<Prepare, RunPanel> functions_of(int bits, int64_t tokens) {
+  switch (bits) {
+    case 2: return functions_of<2>(tokens);
+    case 3: return functions_of<3>(tokens);
+    case 4: return functions_of<4>(tokens);
+    default: return functions_of<8>(tokens);
+  }
+}
+
+}  // namespace
+
+bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
+  thread_local Scratch digits, floats;
+  const int64_t blocks = block_count(a);
+  float* step = floats.get<float>(a.m * blocks * (1 + kDigits));
+  const FixedPoint x = {digits.get<int8_t>(a.m * kDigits * a.k), step, step + a.m * blocks, a.k, blocks};
+  const auto [prepare, run] = functions_of(a.bits, a.m);
+  for (int64_t m = 0; m < a.m; ++m) {
+    if (!prepare(a, m, x)) return false;
+  }
+  parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k), [&, run = run](int64_t begin, int64_t end) {
+    for (int64_t panel = of.begin + begin; panel < of.begin + end; ++panel) run(a, x, panel);
+  });
+  return true;
+}
+
+}  // namespace sliderquant::cpu::amx
