@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sliderquant_vllm import ops
+
 ROOT = Path(__file__).parents[1]
 BUILT_ARCHS = ("80", "90a")
 NVCC = shutil.which("nvcc")
@@ -79,3 +81,11 @@ def call(function, *arguments) -> str:
             converted.append(ctypes.c_int64(value))
     found = function(*converted)
     return found.decode() if isinstance(found, bytes) else ""
+
+
+def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
+    """Kernel layout of a GPU, made by its own kernel."""
+    n, k = packed.shape[0], packed.shape[1] * 32 // bits
+    found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
+    assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
+    return found

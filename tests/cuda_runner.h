@@ -3,20 +3,26 @@
 // what depends on that order, collectives that not all lanes reach, barriers that some threads skip, accesses outside
 // the kernel's buffers, and reads of shared memory that nothing was written to (poison) or that an asynchronous copy
 // has not reached yet.
+//
+// What sm_90a does on its own happens here at some moment between its start and the end of the wait for it: bulk copies
+// land in any order, and a warp's products read their registers and shared memory as these are then. B must have been
+// brought by bulk copies, for ordinary writes do not reach products without a fence.
 #pragma once
 
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/ptx.cuh"
+#include "../csrc/cuda/ptx_sm90.cuh"
 
 namespace sliderquant::cuda {
 
@@ -26,7 +32,12 @@ class BlockRunner {
 
   // Global memory that the kernel may read, or read and write.
   void allow(const void* begin, int64_t bytes, bool write = false) {
-    if (begin != nullptr && bytes > 0) buffers_.push_back({static_cast<const char*>(begin), bytes, write});
+    if (begin != nullptr && bytes > 0) buffers_.push_back({static_cast<const char*>(begin), bytes, write, false});
+  }
+
+  // The same of what the grid ahead writes: each thread has to wait for that grid before it reads.
+  void allow_behind_grid(const void* begin, int64_t bytes) {
+    if (begin != nullptr && bytes > 0) buffers_.push_back({static_cast<const char*>(begin), bytes, false, true});
   }
 
   // body(block, thread, shared) for every thread of every block; the text of the first error, empty if there is none.
@@ -37,6 +48,7 @@ class BlockRunner {
     shared_.resize(static_cast<size_t>(shared_bytes + kRedZone + kAlignment));
     const auto address = reinterpret_cast<uintptr_t>(shared_.data());
     shared_begin_ = shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
+    copied_.resize(static_cast<size_t>(shared_bytes));
     while (static_cast<int>(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
     body_ = &body;
     for (block_ = 0; block_ < blocks && error_.empty(); ++block_) run_block(threads);
@@ -98,29 +110,116 @@ class BlockRunner {
     }
   }
 
-  void check_global(const void* address, int bytes, bool write) {
+  void barrier_init(uint64_t* barrier, int arrivals) {
+    barriers_[barrier] = {arrivals, arrivals, 0, 0, false, {}};
+  }
+
+  // Barriers may be used by others when the thread that made them has fenced.
+  void barrier_fence() {
+    for (auto& [address, barrier] : barriers_) barrier.fenced = true;
+  }
+
+  void barrier_arrive(uint64_t* address, int bytes) {
+    Barrier& barrier = known(address);
+    if (barrier.pending == 0) fail("one arrival too many at a barrier");
+    --barrier.pending;
+    barrier.bytes += bytes;
+    advance(barrier);
+  }
+
+  void barrier_wait(uint64_t* address, uint32_t parity) {
+    Barrier& barrier = known(address);
+    while (barrier.phase % 2 == parity) {
+      barrier.waiting.push_back(thread_);
+      wait("barrier_wait");
+    }
+  }
+
+  void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    check_shared_range(shared, bytes, 16);
+    check_range(global, bytes, 16, false);
+    if (bytes <= 0 || bytes % 16 != 0) fail("a bulk copy of ", bytes, " bytes, no positive multiple of 16");
+    known(barrier);
+    const Bulk copy = {static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier};
+    std::memset(copy.to, 0xFF, static_cast<size_t>(bytes));
+    std::memset(copied_.data() + (copy.to - shared_begin_), 0xFF, static_cast<size_t>(bytes));
+    bulks_.push_back(copy);
+    if (random_() % 2 != 0) land(bulks_.size() - 1);
+  }
+
+  void product(const WarpProduct& product) {
+    Warp& warp = warps_[static_cast<size_t>(thread_ / kWarp)];
+    if (!warp.fenced) fail("a product without a product_fence since the last commit");
+    if (product.b >> 62 != 1 || (product.b >> 49 & 7) != 0) fail("a descriptor of another swizzle, or none that all lanes share");
+    // All warps of a warpgroup make the same products.
+    auto& made = groups_[static_cast<size_t>(thread_ / (4 * kWarp))];
+    if (warp.products == made.size()) made.push_back(product.b);
+    if (made[warp.products++] != product.b) fail("a product of another B than that of its warpgroup");
+    warp.open.push_back(product);
+    if (random_() % 2 != 0) multiply_all(warp);
+  }
+
+  void product_fence() { warps_[static_cast<size_t>(thread_ / kWarp)].fenced = true; }
+
+  void product_commit() {
+    Warp& warp = warps_[static_cast<size_t>(thread_ / kWarp)];
+    warp.fenced = false;
+    warp.committed.push_back(std::move(warp.open));
+    warp.open.clear();
+  }
+
+  void product_wait(int pending) {
+    Warp& warp = warps_[static_cast<size_t>(thread_ / kWarp)];
+    while (static_cast<int>(warp.committed.size()) > pending) multiply_first(warp);
+  }
+
+  static constexpr uint32_t kFirstAddress = 1024;  // of shared memory, as on the device
+
+  uint32_t shared_address(const void* shared) {
+    check_shared(shared, 1);
+    return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_begin_) + kFirstAddress;
+  }
+
+  const unsigned char* read_copied(uint32_t address, int bytes) {
+    const int64_t at = static_cast<int64_t>(address) - kFirstAddress;
+    if (at < 0 || at + bytes > shared_bytes_) fail("a product reads shared memory at byte ", at, " of ", shared_bytes_);
+    const char* copied = copied_.data() + at;
+    if (std::memcmp(copied, shared_begin_ + at, static_cast<size_t>(bytes)) != 0) {
+      fail("a product reads byte ", at, " of shared memory, which no bulk copy wrote last");
+    }
+    return reinterpret_cast<const unsigned char*>(copied);
+  }
+
+  void wait_for_grid() { fiber().waited = true; }
+
+  void check_global(const void* address, int bytes, bool write) { check_range(address, bytes, bytes, write); }
+  void check_shared(const void* address, int bytes) { check_shared_range(address, bytes, bytes); }
+
+  void check_range(const void* address, int bytes, int alignment, bool write) {
     const auto* first = static_cast<const char*>(address);
-    if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) != 0) {
+    if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) != 0) {
       fail(write ? "write" : "read", " of ", bytes, " bytes at the unaligned address ", address);
     }
     for (const Buffer& buffer : buffers_) {
-      if (first >= buffer.begin && first + bytes <= buffer.begin + buffer.bytes && (buffer.write || !write)) return;
+      const bool within = first >= buffer.begin && first + bytes <= buffer.begin + buffer.bytes;
+      if (within && buffer.behind_grid && !fiber().waited) fail("read of what the grid ahead may not have written yet");
+      if (within && (buffer.write || !write)) return;
     }
     fail(write ? "write" : "read", " of ", bytes, " bytes at ", address, ", outside the buffers of the kernel");
   }
 
-  void check_shared(const void* address, int bytes) {
+  void check_shared_range(const void* address, int bytes, int alignment) {
     const auto* first = static_cast<const char*>(address);
     if (first < shared_begin_ || first + bytes > shared_begin_ + shared_bytes_) {
       fail("access to shared memory at byte ", first - shared_begin_, " of ", shared_bytes_);
     }
-    if ((first - shared_begin_) % bytes != 0) {
+    if ((first - shared_begin_) % alignment != 0) {
       fail(bytes, " bytes at the unaligned byte ", first - shared_begin_, " of shared memory");
     }
   }
 
  private:
-  static constexpr int64_t kRedZone = 256, kAlignment = 128;
+  static constexpr int64_t kRedZone = 256, kAlignment = 1024;
   static constexpr size_t kStackBytes = 64 << 10;
   static constexpr int kCopyBytes = 16;
 
@@ -143,6 +242,7 @@ class BlockRunner {
     bool ended = false;
     std::vector<Copy> open;                 // not yet committed
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
+    bool waited = false;                    // for the grid ahead
   };
 
   struct Warp {
@@ -151,22 +251,90 @@ class BlockRunner {
     void (*compute)(void* const*) = nullptr;
     void* operands[kWarp];
     uint64_t haste = 0;
+    std::vector<WarpProduct> open;                   // not yet committed
+    std::deque<std::vector<WarpProduct>> committed;  // oldest first
+    bool fenced = false;
+    size_t products = 0;
+  };
+
+  struct Barrier {
+    int arrivals, pending;  // of a phase, and those that the current one lacks
+    int64_t bytes;          // that it lacks
+    uint32_t phase;
+    bool fenced;
+    std::vector<int> waiting;
+  };
+
+  struct Bulk {
+    char* to;
+    const char* from;
+    int bytes;
+    uint64_t* barrier;
   };
 
   struct Buffer {
     const char* begin;
     int64_t bytes;
-    bool write;
+    bool write, behind_grid;
   };
 
   uint64_t haste(int thread) const { return warps_[static_cast<size_t>(thread / kWarp)].haste; }
   Fiber& fiber() { return *fibers_[static_cast<size_t>(thread_)]; }
+
+  Barrier& known(uint64_t* address) {
+    const auto found = barriers_.find(address);
+    if (found == barriers_.end() || !found->second.fenced) fail("a barrier that is none yet, or was not fenced");
+    return found->second;
+  }
+
+  void advance(Barrier& barrier) {
+    if (barrier.pending > 0 || barrier.bytes != 0) return;
+    barrier.pending = barrier.arrivals;
+    ++barrier.phase;
+    ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+  }
+
+  void land(size_t at) {
+    const Bulk copy = bulks_[at];
+    bulks_.erase(bulks_.begin() + static_cast<std::ptrdiff_t>(at));
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    std::memcpy(copied_.data() + (copy.to - shared_begin_), copy.from, static_cast<size_t>(copy.bytes));
+    Barrier& barrier = known(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    advance(barrier);
+  }
+
+  void multiply_first(Warp& warp) {
+    for (const WarpProduct& product : warp.committed.front()) product.compute(product);
+    warp.committed.pop_front();
+  }
+
+  // The products that a warp has begun, in their order; committed ones keep their place.
+  void multiply_all(Warp& warp) {
+    for (auto& group : warp.committed) {
+      for (const WarpProduct& product : group) product.compute(product);
+      group.clear();
+    }
+    for (const WarpProduct& product : warp.open) product.compute(product);
+    warp.open.clear();
+  }
+
+  // What may happen while threads run: a copy lands, products are computed.
+  void progress() {
+    if (!bulks_.empty() && random_() % 8 == 0) land(random_() % bulks_.size());
+    if (random_() % 64 == 0) multiply_all(warps_[random_() % warps_.size()]);
+  }
 
   void run_block(int threads) {
     threads_ = threads;
     arrived_ = 0;
     std::memset(shared_begin_, 0xFF, static_cast<size_t>(shared_bytes_ + kRedZone));  // NaN as a float
     warps_.assign(static_cast<size_t>((threads + kWarp - 1) / kWarp), {});
+    groups_.assign((warps_.size() + 3) / 4, {});
+    barriers_.clear();
+    bulks_.clear();
+    std::memset(copied_.data(), 0xFF, copied_.size());
     ready_.clear();
     for (int thread = 0; thread < threads; ++thread) {
       Fiber& fiber = *fibers_[static_cast<size_t>(thread)];
@@ -174,6 +342,7 @@ class BlockRunner {
       fiber.ended = false;
       fiber.open.clear();
       fiber.groups.clear();
+      fiber.waited = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStackBytes;
@@ -184,7 +353,10 @@ class BlockRunner {
     // In half of the blocks all threads advance evenly, in the others some warps run far ahead.
     const int draws = random_() % 2 != 0 ? 1 : 16;
     for (Warp& warp : warps_) warp.haste = random_();
-    while (!ready_.empty() && error_.empty()) {
+    while (error_.empty()) {
+      progress();
+      while (ready_.empty() && !bulks_.empty() && error_.empty()) land(random_() % bulks_.size());
+      if (ready_.empty() || !error_.empty()) break;
       size_t at = random_() % ready_.size();
       for (int draw = 1; draw < draws; ++draw) {
         const size_t other = random_() % ready_.size();
@@ -204,6 +376,13 @@ class BlockRunner {
       note("waits forever at ", fiber().waits_at, "; ", ended, " of ", threads, " threads have ended");
       return;
     }
+    for (size_t i = 0; i < warps_.size(); ++i) {
+      thread_ = static_cast<int>(i) * kWarp;
+      if (!warps_[i].open.empty() || !warps_[i].committed.empty()) note("ended without a wait for its products");
+      if (warps_[i].products != groups_[i / 4].size()) note("made fewer products than its warpgroup");
+    }
+    if (!bulks_.empty()) note("ended while a bulk copy had not landed");
+    if (!error_.empty()) return;
     for (int64_t i = 0; i < kRedZone; ++i) {
       if (shared_begin_[shared_bytes_ + i] == static_cast<char>(0xFF)) continue;
       note("wrote beyond its ", shared_bytes_, " bytes of shared memory");
@@ -246,12 +425,15 @@ class BlockRunner {
   uint64_t seed_;
   std::minstd_rand random_;
   std::vector<Buffer> buffers_;
-  std::vector<char> shared_;
+  std::vector<char> shared_, copied_;  // copied_: what bulk copies alone have brought
   char* shared_begin_ = nullptr;
   int64_t shared_bytes_ = 0;
   const Body* body_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
+  std::vector<std::vector<uint64_t>> groups_;  // of warps, the descriptors of B that they have met
+  std::map<const void*, Barrier> barriers_;
+  std::vector<Bulk> bulks_;  // that have not landed
   std::vector<int> ready_;
   int64_t block_ = 0;
   int thread_ = 0, threads_ = 0, arrived_ = 0;
@@ -275,6 +457,23 @@ inline void check_global(const void* address, int bytes, bool write) {
   BlockRunner::current().check_global(address, bytes, write);
 }
 inline void check_shared(const void* address, int bytes) { BlockRunner::current().check_shared(address, bytes); }
+
+inline void barrier_init(uint64_t* barrier, int arrivals) { BlockRunner::current().barrier_init(barrier, arrivals); }
+inline void barrier_fence() { BlockRunner::current().barrier_fence(); }
+inline void barrier_arrive(uint64_t* barrier, int bytes) { BlockRunner::current().barrier_arrive(barrier, bytes); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { BlockRunner::current().barrier_wait(barrier, parity); }
+inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  BlockRunner::current().bulk_copy(shared, global, bytes, barrier);
+}
+inline void product(const WarpProduct& product) { BlockRunner::current().product(product); }
+inline void product_fence() { BlockRunner::current().product_fence(); }
+inline void product_commit() { BlockRunner::current().product_commit(); }
+inline void product_wait(int pending) { BlockRunner::current().product_wait(pending); }
+inline uint32_t shared_address(const void* shared) { return BlockRunner::current().shared_address(shared); }
+inline const unsigned char* read_copied(uint32_t address, int bytes) {
+  return BlockRunner::current().read_copied(address, bytes);
+}
+inline void wait_for_grid() { BlockRunner::current().wait_for_grid(); }
 
 }  // namespace host
 

@@ -26,6 +26,7 @@ from tests.cuda import (
     instructions,
     known_archs,
     needs_nvcc,
+    repack,
 )
 from tests.native import LIBRARY, Weight, check_close, random_weight
 
@@ -81,14 +82,6 @@ def emulator(tmp_path_factory):
     for function in (library.emulate_repack, library.emulate_sm80_wna16, library.emulate_sm80_integer):
         function.restype = ctypes.c_char_p
     return library
-
-
-def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
-    """Kernel layout of a GPU, made by its own kernel."""
-    n, k = packed.shape[0], packed.shape[1] * 32 // bits
-    found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
-    assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
-    return found
 
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "quads"])
