@@ -7,6 +7,8 @@
 
 #include "integer_gemm.cuh"
 #include "launch.h"
+#include "launch_on.cuh"
+#include "launch_sm90.h"
 #include "quantize.cuh"
 #include "repack.cuh"
 #include "sm80_integer.cuh"
@@ -30,41 +32,6 @@ __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ 
     }
     kernel.finish();
   }
-}
-
-// Makes a device current for one launch and gives the previous one back: this runtime is linked statically and knows
-// nothing of the host framework's choice.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-template <class Launch>
-const char* launch_on(int device, const Launch& enqueue) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
-  if (error == cudaSuccess) {
-    enqueue();
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class Kernel>
@@ -97,20 +64,11 @@ template <class Kernel, class Reduce, class Args, class Blocks>
 const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   const auto kernel = run_sm80<Kernel, Args, Blocks>;
-  // More shared memory than by default has to be asked for, once per device.
   static std::atomic<uint64_t> asked{0};
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   cudaError_t error = cudaSuccess;
   const char* launched = launch_on(device, [&] {
-    if ((asked.load() & bit) == 0) {
-      const auto ask = [&](cudaFuncAttribute attribute, int value) {
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
-      };
-      ask(cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-      ask(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
-      if (error != cudaSuccess) return;
-      asked |= bit;
-    }
+    error = ask_for_shared(kernel, Kernel::kSharedBytes, device, asked);
+    if (error != cudaSuccess) return;
     const auto grid = static_cast<unsigned>(Kernel::blocks(args, blocks.splits));
     kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, on>>>(args, blocks);
     if (blocks.splits > 1) {
@@ -119,6 +77,16 @@ const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uint
     }
   });
   return error == cudaSuccess ? launched : cudaGetErrorString(error);
+}
+
+// The sums that blocks of an sm90_* kernel left, behind it.
+template <class Reduce, class Args, class Blocks>
+const char* launch_reduce(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
+  if (blocks.splits == 1) return nullptr;
+  return launch_on(device, [&] {
+    const auto reducing = static_cast<unsigned>(Reduce::blocks(args));
+    run_reduce<Reduce><<<reducing, Reduce::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args, blocks);
+  });
 }
 
 template <int kBits, Float kType>
@@ -186,19 +154,29 @@ const Gpu& gpu(int device) {
 
 const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {
   if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
-  const Wna16Blocks blocks = {plan.splits, workspace};
+  const Wna16Blocks blocks = {plan.splits, workspace + plan.arranged};
+  if (plan.wgmma) {
+    const char* error = wna16_sm90(args, plan, workspace, gpu(device).processors, device, stream);
+    return error != nullptr ? error : launch_reduce<Wna16Reduce>(args, blocks, device, stream);
+  }
   return args.x_type == Float::kFp16 ? launch_wna16<Float::kFp16>(args, plan.tokens, blocks, device, stream)
                                      : launch_wna16<Float::kBf16>(args, plan.tokens, blocks, device, stream);
 }
 
 Plan plan(const Wna16& args, int device) {
-  return plan_wna16(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_WNA16"));
+  Plan found = plan_wna16(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_WNA16"));
+  if (found.wgmma) found.arranged = sm90_workspace(args).arranged();
+  return found;
 }
 
 const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* workspace, int device,
                          uintptr_t stream) {
   if (!plan.tensor_cores) return launch<IntegerGemmKernel>(args, device, stream);
-  const IntegerBlocks blocks = {plan.splits, workspace};
+  const IntegerBlocks blocks = {plan.splits, workspace + plan.arranged};
+  if (plan.wgmma) {
+    const char* error = integer_gemm_sm90(args, plan, workspace, gpu(device).processors, device, stream);
+    return error != nullptr ? error : launch_reduce<IntegerReduce>(args, blocks, device, stream);
+  }
   switch (args.bits) {
     case 2: return launch_integer<2>(args, plan.tokens, blocks, device, stream);
     case 3: return launch_integer<3>(args, plan.tokens, blocks, device, stream);
@@ -208,7 +186,9 @@ const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* wo
 }
 
 Plan plan(const IntegerGemm& args, int device) {
-  return plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
+  Plan found = plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
+  if (found.wgmma) found.arranged = sm90_workspace(args).arranged();
+  return found;
 }
 
 const char* quantize(const Quantize& args, int device, uintptr_t stream) {

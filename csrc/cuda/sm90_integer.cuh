@@ -69,38 +69,41 @@ class Sm90Integer {
   SLIDERQUANT_DEVICE void write(const Sm90Work& work, const int32_t (&sum)[kParts][kSums], T* to) const {
     constexpr bool kWhole = !std::is_same_v<T, uint32_t>;
     using Value = std::conditional_t<kWhole, float, uint32_t>;
+    IntegerChannel channel[kParts][2] = {};
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      const int64_t n0 = sm90_channel(work, warp_, p);
-      if (n0 >= a_.n) continue;
-      Writer writer(to, a_.m, a_.n, work.m0, n0, lane_);
-      IntegerChannel channel[2] = {};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t n = n0 + fragment::c(lane_, 2 * r).row;
-        if (kWhole && n < a_.n) channel[r] = integer_channel(a_, n);
+        const int64_t n = sm90_channel(work, warp_, p) + fragment::c(lane_, 2 * r).row;
+        if (kWhole && n < a_.n) channel[p][r] = integer_channel(a_, n);
+      }
+    }
+    Writer writers[kParts] = {{to, a_.m, a_.n, work.m0, sm90_channel(work, warp_, 0), lane_},
+                              {to, a_.m, a_.n, work.m0, sm90_channel(work, warp_, 1), lane_}};
+    static_assert(kParts == 2, "a writer for each part");
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int m0 = work.m0 + j * fragment::kColumns;
+      if (m0 >= a_.m) break;
+      IntegerToken token[2] = {};
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int m = m0 + fragment::c(lane_, c).column;
+        if (kWhole && m < a_.m) token[c] = integer_token(a_, m);
       }
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const int m0 = work.m0 + j * fragment::kColumns;
-        if (m0 >= a_.m) break;
+      for (int p = 0; p < kParts; ++p) {
         Value v[4];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int m = m0 + fragment::c(lane_, c).column;
-          IntegerToken token = {};
-          if (kWhole && m < a_.m) token = integer_token(a_, m);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const auto exact = static_cast<uint32_t>(sum[p][4 * j + 2 * r + c]);
-            if constexpr (kWhole) {
-              v[2 * r + c] = integer_output(token, channel[r], a_.k, a_.bias != nullptr, exact);
-            } else {
-              v[2 * r + c] = exact;
-            }
+        for (int i = 0; i < 4; ++i) {
+          const auto exact = static_cast<uint32_t>(sum[p][4 * j + i]);
+          if constexpr (kWhole) {
+            v[i] = integer_output(token[i % 2], channel[p][i / 2], a_.k, a_.bias != nullptr, exact);
+          } else {
+            v[i] = exact;
           }
         }
-        writer.write(j, v);
+        writers[p].write(j, v);
       }
     }
   }

@@ -17,6 +17,7 @@ struct Sm90Tile {
   static constexpr int kRowBytes = 128;  // of a token in a column of the image
   static constexpr int kSharedBudget = 224 << 10;
   static constexpr int kMaxStages = 8;
+  static constexpr int kLeastTokens = 64, kMostTokens = 128;  // of a block: either
   static constexpr int kBarrierBytes = 8;
 
   int bits, block_tokens;
@@ -40,6 +41,11 @@ struct Sm90Tile {
   SLIDERQUANT_HOST_DEVICE constexpr int stages() const {
     return kSharedBudget / stage_bytes() < kMaxStages ? kSharedBudget / stage_bytes() : kMaxStages;
   }
+  // That the tensor cores of an SM multiply at the data sheet's rate.
+  SLIDERQUANT_HOST_DEVICE constexpr int stage_cycles() const {
+    return kRows * tokens() / (2048 / element_bytes * 2 / layout::gpu::kChunkCodes);
+  }
+
   // The stages, and behind them two barriers for each.
   SLIDERQUANT_HOST_DEVICE constexpr int shared_bytes() const {
     return stages() * (stage_bytes() + 2 * kBarrierBytes);
@@ -100,7 +106,8 @@ SLIDERQUANT_HOST_DEVICE constexpr int64_t unit_place(int64_t m_padded, int64_t m
 struct Sm90Workspace {
   int64_t image, magnitudes, partial;
 
-  constexpr int64_t size() const { return image + magnitudes + partial; }
+  constexpr int64_t arranged() const { return image + magnitudes; }
+  constexpr int64_t size() const { return arranged() + partial; }
 };
 
 constexpr Sm90Workspace sm90_workspace(int element_bytes, bool magnitudes, int64_t m, int64_t n, int64_t k,
