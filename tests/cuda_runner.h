@@ -42,16 +42,20 @@ class BlockRunner {
 
   // body(block, thread, shared) for every thread of every block; the text of the first error, empty if there is none.
   using Body = std::function<void(int64_t block, int thread, char* shared)>;
-  std::string run(int64_t blocks, int threads, int64_t shared_bytes, const Body& body) {
+  // So many blocks at a time form a cluster and run together.
+  std::string run(int64_t blocks, int threads, int64_t shared_bytes, const Body& body, int cluster = 1) {
     current_ = this;
+    cluster_ = cluster;
+    block_threads_ = threads;
     shared_bytes_ = shared_bytes;
-    shared_.resize(static_cast<size_t>(shared_bytes + kRedZone + kAlignment));
+    shared_stride_ = (shared_bytes + kRedZone + kAlignment - 1) / kAlignment * kAlignment;
+    shared_.resize(static_cast<size_t>(cluster * shared_stride_ + kAlignment));
     const auto address = reinterpret_cast<uintptr_t>(shared_.data());
-    shared_begin_ = shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
-    copied_.resize(static_cast<size_t>(shared_bytes));
-    while (static_cast<int>(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
+    first_shared_ = shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
+    copied_.resize(static_cast<size_t>(cluster * shared_stride_));
+    while (static_cast<int>(fibers_.size()) < cluster * threads) fibers_.push_back(std::make_unique<Fiber>());
     body_ = &body;
-    for (block_ = 0; block_ < blocks && error_.empty(); ++block_) run_block(threads);
+    for (block_ = 0; block_ < blocks && error_.empty(); block_ += cluster) run_cluster(cluster * threads);
     current_ = nullptr;
     return error_;
   }
@@ -78,11 +82,21 @@ class BlockRunner {
   }
 
   void sync_threads() {
-    if (++arrived_ < threads_) {
+    int& arrived = arrived_[static_cast<size_t>(rank())];
+    if (++arrived < block_threads_) {
       wait("sync_threads");
       return;
     }
-    arrived_ = 0;
+    arrived = 0;
+    for (int i = 0; i < block_threads_; ++i) make_ready(rank() * block_threads_ + i);
+  }
+
+  void sync_cluster() {
+    if (++arrived_in_cluster_ < threads_) {
+      wait("sync_cluster");
+      return;
+    }
+    arrived_in_cluster_ = 0;
     for (int thread = 0; thread < threads_; ++thread) make_ready(thread);
   }
 
@@ -127,6 +141,11 @@ class BlockRunner {
     advance(barrier);
   }
 
+  void barrier_arrive_at(uint64_t* address, int rank) {
+    if (rank >= cluster_) fail("block ", rank, " in a cluster of ", cluster_);
+    barrier_arrive(there(address, rank), 0);
+  }
+
   void barrier_wait(uint64_t* address, uint32_t parity) {
     Barrier& barrier = known(address);
     while (barrier.phase % 2 == parity) {
@@ -139,12 +158,17 @@ class BlockRunner {
     check_shared_range(shared, bytes, 16);
     check_range(global, bytes, 16, false);
     if (bytes <= 0 || bytes % 16 != 0) fail("a bulk copy of ", bytes, " bytes, no positive multiple of 16");
-    known(barrier);
-    const Bulk copy = {static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier};
-    std::memset(copy.to, 0xFF, static_cast<size_t>(bytes));
-    std::memset(copied_.data() + (copy.to - shared_begin_), 0xFF, static_cast<size_t>(bytes));
-    bulks_.push_back(copy);
-    if (random_() % 2 != 0) land(bulks_.size() - 1);
+    begin_copy({static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier});
+  }
+
+  void bulk_copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int blocks) {
+    if (blocks != cluster_) fail("a copy to ", blocks, " blocks in a cluster of ", cluster_);
+    check_shared_range(shared, bytes, 16);
+    check_range(global, bytes, 16, false);
+    for (int rank = 0; rank < blocks; ++rank) {
+      begin_copy({there(static_cast<char*>(shared), rank), static_cast<const char*>(global), bytes,
+                  there(barrier, rank)});
+    }
   }
 
   void product(const WarpProduct& product) {
@@ -177,14 +201,15 @@ class BlockRunner {
 
   uint32_t shared_address(const void* shared) {
     check_shared(shared, 1);
-    return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_begin_) + kFirstAddress;
+    return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_begin()) + kFirstAddress;
   }
 
   const unsigned char* read_copied(uint32_t address, int bytes) {
     const int64_t at = static_cast<int64_t>(address) - kFirstAddress;
     if (at < 0 || at + bytes > shared_bytes_) fail("a product reads shared memory at byte ", at, " of ", shared_bytes_);
-    const char* copied = copied_.data() + at;
-    if (std::memcmp(copied, shared_begin_ + at, static_cast<size_t>(bytes)) != 0) {
+    const char* shared = shared_begin(product_rank_) + at;
+    const char* copied = copied_.data() + (shared - first_shared_);
+    if (std::memcmp(copied, shared, static_cast<size_t>(bytes)) != 0) {
       fail("a product reads byte ", at, " of shared memory, which no bulk copy wrote last");
     }
     return reinterpret_cast<const unsigned char*>(copied);
@@ -210,12 +235,9 @@ class BlockRunner {
 
   void check_shared_range(const void* address, int bytes, int alignment) {
     const auto* first = static_cast<const char*>(address);
-    if (first < shared_begin_ || first + bytes > shared_begin_ + shared_bytes_) {
-      fail("access to shared memory at byte ", first - shared_begin_, " of ", shared_bytes_);
-    }
-    if ((first - shared_begin_) % alignment != 0) {
-      fail(bytes, " bytes at the unaligned byte ", first - shared_begin_, " of shared memory");
-    }
+    const int64_t at = first - shared_begin();
+    if (at < 0 || at + bytes > shared_bytes_) fail("access to shared memory at byte ", at, " of ", shared_bytes_);
+    if (at % alignment != 0) fail(bytes, " bytes at the unaligned byte ", at, " of shared memory");
   }
 
  private:
@@ -281,6 +303,26 @@ class BlockRunner {
   uint64_t haste(int thread) const { return warps_[static_cast<size_t>(thread / kWarp)].haste; }
   Fiber& fiber() { return *fibers_[static_cast<size_t>(thread_)]; }
 
+  int rank() const { return thread_ / block_threads_; }
+  char* shared_begin(int rank) const { return first_shared_ + rank * shared_stride_; }
+  char* shared_begin() const { return shared_begin(rank()); }
+
+  // The same place in the shared memory of another block of the cluster.
+  template <class T>
+  T* there(T* here, int rank) const {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(here) - shared_begin() + shared_begin(rank));
+  }
+
+  char* copied(const Bulk& copy) { return copied_.data() + (copy.to - first_shared_); }
+
+  void begin_copy(const Bulk& copy) {
+    known(copy.barrier);
+    std::memset(copy.to, 0xFF, static_cast<size_t>(copy.bytes));
+    std::memset(copied(copy), 0xFF, static_cast<size_t>(copy.bytes));
+    bulks_.push_back(copy);
+    if (random_() % 2 != 0) land(bulks_.size() - 1);
+  }
+
   Barrier& known(uint64_t* address) {
     const auto found = barriers_.find(address);
     if (found == barriers_.end() || !found->second.fenced) fail("a barrier that is none yet, or was not fenced");
@@ -299,24 +341,29 @@ class BlockRunner {
     const Bulk copy = bulks_[at];
     bulks_.erase(bulks_.begin() + static_cast<std::ptrdiff_t>(at));
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-    std::memcpy(copied_.data() + (copy.to - shared_begin_), copy.from, static_cast<size_t>(copy.bytes));
+    std::memcpy(copied(copy), copy.from, static_cast<size_t>(copy.bytes));
     Barrier& barrier = known(copy.barrier);
     barrier.bytes -= copy.bytes;
     advance(barrier);
   }
 
+  void multiply(const Warp& warp, const std::vector<WarpProduct>& products) {
+    product_rank_ = static_cast<int>(&warp - warps_.data()) * kWarp / block_threads_;
+    for (const WarpProduct& product : products) product.compute(product);
+  }
+
   void multiply_first(Warp& warp) {
-    for (const WarpProduct& product : warp.committed.front()) product.compute(product);
+    multiply(warp, warp.committed.front());
     warp.committed.pop_front();
   }
 
   // The products that a warp has begun, in their order; committed ones keep their place.
   void multiply_all(Warp& warp) {
     for (auto& group : warp.committed) {
-      for (const WarpProduct& product : group) product.compute(product);
+      multiply(warp, group);
       group.clear();
     }
-    for (const WarpProduct& product : warp.open) product.compute(product);
+    multiply(warp, warp.open);
     warp.open.clear();
   }
 
@@ -326,10 +373,11 @@ class BlockRunner {
     if (random_() % 64 == 0) multiply_all(warps_[random_() % warps_.size()]);
   }
 
-  void run_block(int threads) {
+  void run_cluster(int threads) {
     threads_ = threads;
-    arrived_ = 0;
-    std::memset(shared_begin_, 0xFF, static_cast<size_t>(shared_bytes_ + kRedZone));  // NaN as a float
+    arrived_.assign(static_cast<size_t>(cluster_), 0);
+    arrived_in_cluster_ = 0;
+    std::memset(first_shared_, 0xFF, static_cast<size_t>(cluster_ * shared_stride_));  // NaN as a float
     warps_.assign(static_cast<size_t>((threads + kWarp - 1) / kWarp), {});
     groups_.assign((warps_.size() + 3) / 4, {});
     barriers_.clear();
@@ -383,8 +431,10 @@ class BlockRunner {
     }
     if (!bulks_.empty()) note("ended while a bulk copy had not landed");
     if (!error_.empty()) return;
-    for (int64_t i = 0; i < kRedZone; ++i) {
-      if (shared_begin_[shared_bytes_ + i] == static_cast<char>(0xFF)) continue;
+    for (int64_t i = 0; i < cluster_ * kRedZone; ++i) {
+      const int rank = static_cast<int>(i / kRedZone);
+      if (shared_begin(rank)[shared_bytes_ + i % kRedZone] == static_cast<char>(0xFF)) continue;
+      thread_ = rank * block_threads_;
       note("wrote beyond its ", shared_bytes_, " bytes of shared memory");
       return;
     }
@@ -392,7 +442,8 @@ class BlockRunner {
 
   static void enter() {
     BlockRunner& runner = current();
-    (*runner.body_)(runner.block_, runner.thread_, runner.shared_begin_);
+    const int thread = runner.thread_, rank = runner.rank();
+    (*runner.body_)(runner.block_ + rank, thread % runner.block_threads_, runner.shared_begin());
     runner.fiber().ended = true;
     setcontext(&runner.scheduler_);
   }
@@ -410,7 +461,7 @@ class BlockRunner {
   template <class... Parts>
   void note(const Parts&... parts) {
     std::ostringstream text;
-    text << "block " << block_ << ", thread " << thread_ << " (seed " << seed_ << "): ";
+    text << "block " << block_ + rank() << ", thread " << thread_ % block_threads_ << " (seed " << seed_ << "): ";
     (text << ... << parts);
     if (error_.empty()) error_ = text.str();
   }
@@ -426,8 +477,8 @@ class BlockRunner {
   std::minstd_rand random_;
   std::vector<Buffer> buffers_;
   std::vector<char> shared_, copied_;  // copied_: what bulk copies alone have brought
-  char* shared_begin_ = nullptr;
-  int64_t shared_bytes_ = 0;
+  char* first_shared_ = nullptr;  // of the first block of the cluster
+  int64_t shared_bytes_ = 0, shared_stride_ = 0;
   const Body* body_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
@@ -436,7 +487,10 @@ class BlockRunner {
   std::vector<Bulk> bulks_;  // that have not landed
   std::vector<int> ready_;
   int64_t block_ = 0;
-  int thread_ = 0, threads_ = 0, arrived_ = 0;
+  int cluster_ = 1, block_threads_ = 1, product_rank_ = 0;
+  int thread_ = 0, threads_ = 0;  // of the cluster
+  std::vector<int> arrived_;      // by the block of the cluster
+  int arrived_in_cluster_ = 0;
   std::string error_;
   ucontext_t scheduler_;
 };
@@ -462,9 +516,14 @@ inline void barrier_init(uint64_t* barrier, int arrivals) { BlockRunner::current
 inline void barrier_fence() { BlockRunner::current().barrier_fence(); }
 inline void barrier_arrive(uint64_t* barrier, int bytes) { BlockRunner::current().barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { BlockRunner::current().barrier_wait(barrier, parity); }
+inline void barrier_arrive_at(uint64_t* barrier, int rank) { BlockRunner::current().barrier_arrive_at(barrier, rank); }
 inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
   BlockRunner::current().bulk_copy(shared, global, bytes, barrier);
 }
+inline void bulk_copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int blocks) {
+  BlockRunner::current().bulk_copy_to_cluster(shared, global, bytes, barrier, blocks);
+}
+inline void sync_cluster() { BlockRunner::current().sync_cluster(); }
 inline void product(const WarpProduct& product) { BlockRunner::current().product(product); }
 inline void product_fence() { BlockRunner::current().product_fence(); }
 inline void product_commit() { BlockRunner::current().product_commit(); }

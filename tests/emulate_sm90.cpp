@@ -49,10 +49,13 @@ std::string multiply(const Args& a, const Blocks& blocks, Workspace& workspace, 
   runner.allow_behind_grid(workspace.image(), workspace.sizes.image * 4);
   runner.allow_behind_grid(workspace.magnitudes(), workspace.sizes.magnitudes * 4);
   runner.allow(blocks.partial, workspace.sizes.partial * 4, true);
-  std::string found =
-      runner.run(grid, Kernel::kThreads, Kernel::kSharedBytes, [&](int64_t block, int thread, char* shared) {
-        Kernel::run(a, blocks, static_cast<int>(block), grid, thread, shared);
-      });
+  const int count = grid * cuda::Sm90Tile::kCluster;
+  std::string found = runner.run(
+      count, Kernel::kThreads, Kernel::kSharedBytes,
+      [&](int64_t block, int thread, char* shared) {
+        Kernel::run(a, blocks, static_cast<int>(block), count, thread, shared);
+      },
+      cuda::Sm90Tile::kCluster);
   if (found.empty() && blocks.splits > 1) {
     const ReduceBlocks sums = {blocks.splits, blocks.partial};
     found = runner.run(Reduce::blocks(a), Reduce::kThreads, 0,
@@ -179,10 +182,11 @@ int64_t image_bytes(int64_t element_bytes, int64_t m, int64_t k) {
   return cuda::image::bytes(static_cast<int>(element_bytes), m, k);
 }
 
-// The share `index` of the work: m0, n0, split, chunk0, chunks
-void work(int64_t tokens, int64_t m, int64_t n, int64_t k, int64_t splits, int64_t index, int64_t* found) {
+// The share `index` of the work, of one block of the cluster: m0, n0, split, chunk0, chunks
+void work(int64_t tokens, int64_t m, int64_t n, int64_t k, int64_t splits, int64_t index, int64_t rank,
+          int64_t* found) {
   const cuda::Sm90Work share = cuda::sm90_work(cuda::Sm90Tile{4, static_cast<int>(tokens), 2}, m, n, k,
-                                               static_cast<int>(splits), static_cast<int>(index));
+                                               static_cast<int>(splits), static_cast<int>(index), static_cast<int>(rank));
   const int fields[] = {share.m0, share.n0, share.split, share.chunk0, share.chunks};
   for (int i = 0; i < 5; ++i) found[i] = fields[i];
 }

@@ -90,19 +90,20 @@ def test_magnitudes_are_powers_of_two_that_no_scale_exceeds(emulator, groups):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_work_is_shared_out_once(emulator, m, n, k, splits, tokens):
     found = (ctypes.c_int64 * 5)()
-    count = -(-m // tokens) * -(-n // 256) * splits
+    channels = range(0, -(-n // 512) * 512, 256)  # the second block of a cluster may have none
+    count = -(-m // tokens) * len(channels) * splits
     seen = set()
-    for index in range(count):
-        emulator.work(*map(ctypes.c_int64, (tokens, m, n, k, splits, index)), found)
+    for index, rank in itertools.product(range(count // 2), range(2)):
+        emulator.work(*map(ctypes.c_int64, (tokens, m, n, k, splits, index, rank)), found)
         m0, n0, _, chunk0, chunks = found
         seen |= {(m0, n0, chunk) for chunk in range(chunk0, chunk0 + chunks)}
         assert chunks > 0
-    assert seen == set(itertools.product(range(0, m, tokens), range(0, n, 256), range(-(-k // 128))))
+    assert seen == set(itertools.product(range(0, m, tokens), channels, range(-(-k // 128))))
     assert len(seen) == count // splits * -(-k // 128)
 
 
-# N, K, group_size, M, splits of K, blocks of threads: tails of every size, fewer and more stages than slots, one block
-# for several shares and several blocks.
+# N, K, group_size, M, splits of K, clusters: tails of every size, fewer and more stages than slots, one cluster for
+# several shares and several clusters.
 WNA16_CASES = (
     (1, 32, -1, 1, 1, 1),
     (17, 96, 32, 13, 1, 1),
@@ -190,7 +191,7 @@ def test_wna16_does_not_depend_on_the_order_of_events(emulator, k, splits, group
         assert torch.equal(first, sm90_wna16(emulator, weight, x, None, tokens, splits, 1, seed)), seed
 
 
-# N, K, M, splits of K, blocks of threads
+# N, K, M, splits of K, clusters
 INTEGER_CASES = (
     (1, 32, 1, 1, 1),
     (17, 96, 13, 1, 1),

@@ -56,7 +56,7 @@ constexpr int64_t split_cost(const Sm90Tile& tile, int64_t m, int64_t n, int64_t
   constexpr int64_t kBytesPerCycle = 19, kShareCost = 20 << 10;
   const int64_t shares = tile.n_tiles(n) * tile.m_tiles(m) * splits, stages = (tile.k_stages(k) + splits - 1) / splits;
   const int64_t busiest = (shares + gpu.processors - 1) / gpu.processors;
-  const int64_t weights = stages * tile.weight_bytes(), l2 = stages * tile.stage_bytes() * 4 / 5;
+  const int64_t weights = stages * tile.weight_bytes(), l2 = stages * tile.fetched_bytes() * 4 / 5;
   const int64_t reading = std::max(shares * std::max(weights, l2) / gpu.processors, busiest * weights * 100 / kOwnPace);
   const int64_t multiplying = busiest * stages * tile.stage_cycles() * kBytesPerCycle;
   const int64_t reducing = splits == 1 ? 0 : kReduceCost + splits * m * n * 4 / gpu.processors;

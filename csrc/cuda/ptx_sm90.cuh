@@ -60,6 +60,16 @@ SLIDERQUANT_DEVICE void barrier_arrive(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
+// The same at the barrier that stands at this place in the shared memory of another block of the cluster.
+SLIDERQUANT_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Until the phase of this parity has ended; phases count from 0, and what comes before them has ended.
 SLIDERQUANT_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t ended = 0;
@@ -81,6 +91,23 @@ SLIDERQUANT_DEVICE void bulk_copy(void* shared, const void* global, int bytes, u
           shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+}
+
+// The same to this place in the shared memory of every block of a cluster of so many, for the barrier of each.
+template <int kBlocks>
+SLIDERQUANT_DEVICE void bulk_copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier,
+                                             uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4, %5;" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)),
+      "h"(static_cast<uint16_t>((1 << kBlocks) - 1)), "l"(policy)
+      : "memory");
+}
+
+// Until all threads of the cluster are here; what they wrote to barriers before is seen behind it.
+SLIDERQUANT_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Before products: registers that were written since the last ones may be read by them.
@@ -228,7 +255,10 @@ void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_fence();
 void barrier_arrive(uint64_t* barrier, int bytes);
 void barrier_wait(uint64_t* barrier, uint32_t parity);
+void barrier_arrive_at(uint64_t* barrier, int rank);
 void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier);
+void bulk_copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, int blocks);
+void sync_cluster();
 void product(const WarpProduct& product);
 void product_fence();
 void product_commit();
@@ -255,6 +285,13 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) { host::barrier_wai
 inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t) {
   host::bulk_copy(shared, global, bytes, barrier);
 }
+
+inline void barrier_arrive_at(uint64_t* barrier, int rank) { host::barrier_arrive_at(barrier, rank); }
+template <int kBlocks>
+void bulk_copy_to_cluster(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t) {
+  host::bulk_copy_to_cluster(shared, global, bytes, barrier, kBlocks);
+}
+inline void sync_cluster() { host::sync_cluster(); }
 
 inline void product_fence() {
   host::warp_collective("product_fence", nullptr, [](void* const*) { host::product_fence(); });

@@ -1,6 +1,9 @@
 // What the kernels for sm_90a have in common: one warp copies stages of weights and tokens into a ring in shared memory,
 // two warpgroups multiply them, and barriers in shared memory pass the slots of the ring to and fro.
 //
+// Two blocks form a cluster: they take the same tokens and neighbouring channels, and each fetches half of the tokens for
+// both, which halves what L2 has to give.
+//
 // A block of threads stays for several shares of the work (Sm90Work), so that the copies of the next one run while the
 // sums of the last one are written. Each warpgroup has kParts runs of 64 channels for all tokens of the block; a warp
 // makes 16 channels of each run, out of one panel of weights.
@@ -60,6 +63,7 @@ class Sm90Stages {
   static_assert(kChunkBlocks % 2 == 0, "blocks must alternate between two sets of registers in every chunk alike");
   static_assert(kPanelBytes % 16 == 0, "a panel's chunk must be a bulk copy");
   static_assert(Sm90Tile::kPanels + kTile.columns() <= kWarp, "each copy of a stage must have a lane of its own");
+  static_assert(kTile.tokens() / Sm90Tile::kCluster % swizzled::kAtomRows == 0, "blocks must fetch whole atoms");
   static_assert(kStages >= 2, "copies must run while the warps compute");
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168,
@@ -73,32 +77,34 @@ class Sm90Stages {
     if (thread == 0) {
       for (int slot = 0; slot < kStages; ++slot) {
         ptx::barrier_init(stages.full(slot), 1);
-        ptx::barrier_init(stages.empty(slot), Sm90Tile::kConsumers);
+        ptx::barrier_init(stages.empty(slot), Sm90Tile::kCluster * Sm90Tile::kConsumers);
       }
       ptx::barrier_fence();
     }
-    ptx::sync_threads();
+    ptx::sync_cluster();
     constexpr auto tile = kTile;
-    const auto works = static_cast<int>(tile.m_tiles(a.m) * tile.n_tiles(a.n)) * blocks.splits;
+    constexpr int kCluster = Sm90Tile::kCluster;
+    const auto works = static_cast<int>(tile.works(a.m, a.n, blocks.splits));
+    const int rank = block % kCluster;
+    const auto work = [&](int index) { return sm90_work(tile, a.m, a.n, a.k, blocks.splits, index, rank); };
     // The warp's own number, of which the compiler shall know that all lanes have it.
-    const int warp = ptx::shuffle(thread / kWarp, 0);
+    const int warp = ptx::shuffle(thread / kWarp, 0), first = block / kCluster, step = grid / kCluster;
     if (warp >= Sm90Tile::kConsumers) {
       ptx::give_registers<kProducerRegisters>();
-      if (warp > Sm90Tile::kConsumers) return;
-      for (int index = block; index < works; index += grid) {
-        stages.produce(a, blocks, sm90_work(tile, a.m, a.n, a.k, blocks.splits, index), thread % kWarp,
-                       index == block);
+      if (warp == Sm90Tile::kConsumers) {
+        for (int index = first; index < works; index += step) {
+          stages.produce(a, blocks, work(index), rank, thread % kWarp, index == first);
+        }
       }
     } else {
       ptx::take_registers<kConsumerRegisters>();
       Kernel kernel(a, blocks, warp, thread % kWarp);
-      bool first = true;
-      for (int index = block; index < works; index += grid) {
-        stages.consume(kernel, sm90_work(tile, a.m, a.n, a.k, blocks.splits, index), a.k, warp, thread % kWarp,
-                       first);
-        first = false;
+      for (int index = first; index < works; index += step) {
+        stages.consume(kernel, work(index), a.k, warp, thread % kWarp, index == first);
       }
     }
+    // No block may end while another one still reaches into its shared memory.
+    ptx::sync_cluster();
   }
 
  private:
@@ -112,16 +118,20 @@ class Sm90Stages {
   SLIDERQUANT_DEVICE char* x_sh(int slot) const { return shared_ + slot * kTile.stage_bytes(); }
   SLIDERQUANT_DEVICE char* w_sh(int slot) const { return x_sh(slot) + kTile.x_bytes(); }
 
-  // All stages of a share: a lane for every panel of weights, and one for every column of tokens.
+  // All stages of a share: a lane for every panel of weights, and one for this block's tokens of every column.
   template <class Args, class Blocks>
-  SLIDERQUANT_DEVICE void produce(const Args& a, const Blocks& blocks, const Sm90Work& work, int lane, bool first) {
+  SLIDERQUANT_DEVICE void produce(const Args& a, const Blocks& blocks, const Sm90Work& work, int rank, int lane,
+                                  bool first) {
     constexpr int kColumns = kTile.columns();
     const int chunks = static_cast<int>(layout::gpu::chunks(a.k)), panel0 = work.n0 / layout::gpu::kPanelRows;
     const int panels_left = static_cast<int>(layout::gpu::panels(a.n)) - panel0;
-    const int panels = panels_left < Sm90Tile::kPanels ? panels_left : Sm90Tile::kPanels;
+    const int panels = panels_left < 0 ? 0 : panels_left < Sm90Tile::kPanels ? panels_left : Sm90Tile::kPanels;
     const int64_t m_padded = image::padded_m(a.m);
     const auto m_left = static_cast<int>(m_padded - work.m0);
     const int rows = m_left < kTile.tokens() ? m_left : kTile.tokens();
+    constexpr int kShare = kTile.tokens() / Sm90Tile::kCluster;
+    const int row0 = rank * kShare, rows_left = rows - row0;
+    const int own_rows = rows_left < 0 ? 0 : rows_left < kShare ? rows_left : kShare;
     const int stage_bytes = panels * kPanelBytes + kColumns * rows * swizzled::kRowBytes;
 
     const bool of_weights = lane < Sm90Tile::kPanels, of_tokens = !of_weights && lane < Sm90Tile::kPanels + kColumns;
@@ -137,10 +147,10 @@ class Sm90Stages {
     } else if (of_tokens) {
       const int64_t column_bytes = m_padded * swizzled::kRowBytes;
       gl_rd = static_cast<const char*>(blocks.image) + (work.chunk0 * kColumns + column) * column_bytes +
-              static_cast<int64_t>(work.m0) * swizzled::kRowBytes;
+              static_cast<int64_t>(work.m0 + row0) * swizzled::kRowBytes;
       step = kColumns * column_bytes;
-      bytes = rows * swizzled::kRowBytes;
-      sh_wr = column * kTile.column_bytes();
+      bytes = own_rows * swizzled::kRowBytes;
+      sh_wr = column * kTile.column_bytes() + row0 * swizzled::kRowBytes;
     }
     // Weights that no other block needs are the first to go.
     const uint64_t policy =
@@ -150,12 +160,15 @@ class Sm90Stages {
 #pragma unroll 1
     for (int chunk = 0; chunk < work.chunks; ++chunk) {
       ptx::barrier_wait(empty(place_.slot), place_.parity ^ 1);
-      if (lane == 0) ptx::barrier_arrive(full(place_.slot), stage_bytes);
+      // All lanes have seen this phase before it can go by. Bytes may come before they are counted on.
       ptx::sync_warp();
+      if (lane == 0) ptx::barrier_arrive(full(place_.slot), stage_bytes);
       if (of_weights && bytes > 0) ptx::bulk_copy(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot), policy);
       if (wait_for_image) ptx::wait_for_grid();
       wait_for_image = false;
-      if (of_tokens) ptx::bulk_copy(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot), policy);
+      if (of_tokens && bytes > 0) {
+        ptx::bulk_copy_to_cluster<Sm90Tile::kCluster>(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot), policy);
+      }
       gl_rd += step;
       place_.advance();
     }
@@ -219,7 +232,7 @@ class Sm90Stages {
 
   SLIDERQUANT_DEVICE void release(int slot, int lane) const {
     ptx::sync_warp();
-    if (lane == 0) ptx::barrier_arrive(empty(slot));
+    if (lane < Sm90Tile::kCluster) ptx::barrier_arrive_at(empty(slot), lane);
   }
 
   char* shared_;

@@ -12,6 +12,7 @@ struct Sm90Tile {
   static constexpr int kConsumers = 8;  // warps, two warpgroups; of a third one, which gives up registers, one produces
   static constexpr int kThreads = 3 * 128;
   static constexpr int kParts = 2;      // of 64 channels, per warpgroup
+  static constexpr int kCluster = 2;    // blocks side by side along the channels, which fetch their tokens once
   static constexpr int kRows = kConsumers * kParts * layout::gpu::kPanelRows;
   static constexpr int kPanels = kRows / layout::gpu::kPanelRows;
   static constexpr int kRowBytes = 128;  // of a token in a column of the image
@@ -41,6 +42,8 @@ struct Sm90Tile {
   SLIDERQUANT_HOST_DEVICE constexpr int stages() const {
     return kSharedBudget / stage_bytes() < kMaxStages ? kSharedBudget / stage_bytes() : kMaxStages;
   }
+  // Of a stage, that a block fetches itself.
+  SLIDERQUANT_HOST_DEVICE constexpr int fetched_bytes() const { return weight_bytes() + x_bytes() / kCluster; }
   // That the tensor cores of an SM multiply at the data sheet's rate.
   SLIDERQUANT_HOST_DEVICE constexpr int stage_cycles() const {
     return kRows * tokens() / (2048 / element_bytes * 2 / layout::gpu::kChunkCodes);
@@ -52,12 +55,19 @@ struct Sm90Tile {
   }
 
   // How often a matrix is cut along each of its sizes.
-  SLIDERQUANT_HOST_DEVICE constexpr int64_t n_tiles(int64_t n) const { return (n + rows() - 1) / rows(); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t n_tiles(int64_t n) const { return n_clusters(n) * kCluster; }
   SLIDERQUANT_HOST_DEVICE constexpr int64_t m_tiles(int64_t m) const { return (m + tokens() - 1) / tokens(); }
   SLIDERQUANT_HOST_DEVICE constexpr int64_t k_stages(int64_t k) const { return layout::gpu::chunks(k); }
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t n_clusters(int64_t n) const {
+    return (n + kCluster * kRows - 1) / (kCluster * kRows);
+  }
+  // Shares of the work, of which every cluster takes one at a time.
+  SLIDERQUANT_HOST_DEVICE constexpr int64_t works(int64_t m, int64_t n, int splits) const {
+    return n_clusters(n) * m_tiles(m) * splits;
+  }
 };
 
-// One share of the work: a tile of outputs, over a part of K.
+// One block's part of a share of the work: a tile of outputs, over a part of K.
 struct Sm90Work {
   int m0, n0, split, chunk0, chunks;
 };
@@ -65,14 +75,15 @@ struct Sm90Work {
 // Shares that run at the same time have tokens and weights in common, which L2 then holds: kGroup tiles of tokens meet
 // all channels before the next ones do.
 SLIDERQUANT_HOST_DEVICE constexpr Sm90Work sm90_work(const Sm90Tile& tile, int64_t m, int64_t n, int64_t k, int splits,
-                                                     int index) {
+                                                     int index, int rank) {
   constexpr int kGroup = 12;
-  const int m_tiles = static_cast<int>(tile.m_tiles(m)), columns = static_cast<int>(tile.n_tiles(n)) * splits;
+  const int m_tiles = static_cast<int>(tile.m_tiles(m)), columns = static_cast<int>(tile.n_clusters(n)) * splits;
   const int group = index / (kGroup * columns), within = index % (kGroup * columns);
   const int left = m_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
   const int column = within / size, chunks = static_cast<int>(layout::gpu::chunks(k)), split = column % splits;
   const int begin = chunks * split / splits, end = chunks * (split + 1) / splits;
-  return {(group * kGroup + within % size) * tile.tokens(), column / splits * tile.rows(), split, begin, end - begin};
+  const int m0 = (group * kGroup + within % size) * tile.tokens();
+  return {m0, (column / splits * Sm90Tile::kCluster + rank) * tile.rows(), split, begin, end - begin};
 }
 
 // The tokens as the kernels take them. Columns of 128 bytes of K (64 or 128 k), each with all tokens, eight tokens of a
