@@ -34,8 +34,8 @@ ARRANGE_LAUNCH = 2e-6  # s of the kernel that makes the image of the tokens, whi
 WGMMA_MACS = {2: 2048, 1: 4096}  # per cycle of an SM, by the bytes of an element of x; the data sheet's rate
 OVERHEAD = 100  # instructions per chunk: copies, addresses, scales, the loop; counted in the machine code of sm_90a
 INTEGER_OVERHEAD = 60  # the same of the integer product
-# Of the kernels for sm_90a, per warp: of a chunk, of a group of a chunk, and of the 128 outputs per lane that a share of
-# 128 tokens ends with, of which half is taken to be hidden behind the products of the other warpgroup
+# Instructions of the kernels for sm_90a, per warp: of a chunk, of a group of a chunk, and of the 128 outputs per lane
+# that a share of 128 tokens ends with, of which half is taken to be hidden behind the other warpgroup's products
 SM90_OVERHEAD = {2: 88, 1: 66}
 SM90_GROUP = 50
 SM90_FINISH = {2: 800, 1: 2000}
@@ -140,7 +140,7 @@ def sm90_cost(machine: Machine, plan: dict, m: int, n: int, k: int, weights: int
     quantizing = m * k * (2 + 1) / machine.l2 + QUANTIZE_LAUNCH if size == 1 else 0
     return Cost(
         memory=(weights + image + 2 * m * n) / (machine.memory * MEMORY_SHARE),
-        l2=(shares * (tile_weights + x_reads) + partial + 2 * m * n) / machine.l2,
+        l2=(shares * (tile_weights + x_reads / plan["cluster"]) + partial + 2 * m * n) / machine.l2,
         issue=issue / machine.clock,
         tensor=(macs + busiest * 2 * finish * (1 - SM90_HIDDEN)) / machine.clock,
         launches=machine.launch + arranging + quantizing + (REDUCE_LAUNCH if splits > 1 else 0),

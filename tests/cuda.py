@@ -43,8 +43,8 @@ def find_cuobjdump() -> str:
     return str(bundled)
 
 
-def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> None:
-    """Compile for one architecture, without spills and without a stack frame."""
+def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> str:
+    """Compile for one architecture, without spills and without a stack frame; what the compiler reported."""
     command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
     command += ["-Xcompiler=-fPIC", *options, str(source), "-o", str(target)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -52,6 +52,7 @@ def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> None:
     report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr)
     assert report and set(report) == {("0", "0", "0")}, process.stderr
     assert f"for 'sm_{arch}'" in process.stderr
+    return process.stderr
 
 
 def instructions(binary: Path, arch: str) -> set[str]:

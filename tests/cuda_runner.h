@@ -174,7 +174,7 @@ class BlockRunner {
   void product(const WarpProduct& product) {
     Warp& warp = warps_[static_cast<size_t>(thread_ / kWarp)];
     if (!warp.fenced) fail("a product without a product_fence since the last commit");
-    if (product.b >> 62 != 1 || (product.b >> 49 & 7) != 0) fail("a descriptor of another swizzle, or none that all lanes share");
+    if (product.b >> 62 != 1 || (product.b >> 49 & 7) != 0) fail("a descriptor of another swizzle, or not all lanes'");
     // All warps of a warpgroup make the same products.
     auto& made = groups_[static_cast<size_t>(thread_ / (4 * kWarp))];
     if (warp.products == made.size()) made.push_back(product.b);

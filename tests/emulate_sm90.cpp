@@ -185,8 +185,9 @@ int64_t image_bytes(int64_t element_bytes, int64_t m, int64_t k) {
 // The share `index` of the work, of one block of the cluster: m0, n0, split, chunk0, chunks
 void work(int64_t tokens, int64_t m, int64_t n, int64_t k, int64_t splits, int64_t index, int64_t rank,
           int64_t* found) {
-  const cuda::Sm90Work share = cuda::sm90_work(cuda::Sm90Tile{4, static_cast<int>(tokens), 2}, m, n, k,
-                                               static_cast<int>(splits), static_cast<int>(index), static_cast<int>(rank));
+  const cuda::Sm90Tile tile = {4, static_cast<int>(tokens), 2};
+  const cuda::Sm90Work share = cuda::sm90_work(tile, m, n, k, static_cast<int>(splits), static_cast<int>(index),
+                                               static_cast<int>(rank));
   const int fields[] = {share.m0, share.n0, share.split, share.chunk0, share.chunks};
   for (int i = 0; i < 5; ++i) found[i] = fields[i];
 }

@@ -1,8 +1,8 @@
 // Which kernel makes a product, and how it is cut. Plain C++: runs anywhere, so that every choice can be looked at.
 //
 // SLIDERQUANT_CUDA_WNA16 and SLIDERQUANT_CUDA_INTEGER override the choice for experiments: plain, or sm80 followed by
-// any of :tokens=8|16|32|64 (also 128 for the integer product) and :splits=COUNT, such as sm80:tokens=16:splits=4, or on
-// GPUs of compute capability 9.0 sm90 followed by the same, with :tokens=64|128.
+// any of :tokens=8|16|32|64 (also 128 for the integer product) and :splits=COUNT, such as sm80:tokens=16:splits=4, or
+// sm90 followed by the same, with :tokens=64|128, on GPUs of compute capability 9.0.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ struct Plan {
   bool tensor_cores;  // otherwise the plain kernel
   int tokens;         // that a block takes
   int splits;         // blocks that share the K of the same outputs
-  bool wgmma = false;  // the kernels for sm_90a, otherwise those for sm_80 and later
-  int64_t arranged = 0;  // 32-bit elements of workspace, before the sums of splits, for what is made of the tokens first
+  bool wgmma = false;    // the kernels for sm_90a, otherwise those for sm_80 and later
+  int64_t arranged = 0;  // 32-bit elements of workspace, before the sums of splits, for the image of the tokens
 };
 
 constexpr int kMaxSplits = 64;
@@ -35,6 +35,8 @@ constexpr int kMaxSplits = 64;
 // replaced where a GPU tells otherwise: a block fills its pipeline and writes its sums; the sums of several blocks are
 // added up by a kernel of its own, which has to be launched and to read them out of L2, twice as fast as memory.
 constexpr int64_t kBlockCost = 40 << 10, kReduceCost = 88 << 10;
+// Making the image of the tokens before, by a kernel of its own.
+constexpr int64_t kArrangeCost = 66 << 10;
 // An SM that has more to do than others reads this much faster than its share, in percent.
 constexpr int64_t kOwnPace = 125;
 
@@ -49,9 +51,8 @@ constexpr int64_t split_cost(const Tile& tile, int64_t m, int64_t n, int64_t k, 
   return reading + rounds * kBlockCost + reducing;
 }
 
-// The same of the kernels for sm_90a, whose blocks stay for several shares: by the bytes of weights, by what comes out of
-// L2 (a quarter faster than memory), or by the cycles of the tensor cores, in each of which an SM reads 19 bytes of
-// weights.
+// The same of the kernels for sm_90a, whose blocks stay for several shares: by the bytes of weights, by what comes out
+// of L2 (a quarter faster than memory), or by the cycles of the tensor cores, in each of which an SM reads 19 bytes.
 constexpr int64_t split_cost(const Sm90Tile& tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu, int splits) {
   constexpr int64_t kBytesPerCycle = 19, kShareCost = 20 << 10;
   const int64_t shares = tile.n_tiles(n) * tile.m_tiles(m) * splits, stages = (tile.k_stages(k) + splits - 1) / splits;
@@ -103,7 +104,8 @@ inline Plan parse_override(const std::string& variable, int most_tokens, bool te
     const std::string name = part.substr(0, equals);
     const int value = std::atoi(part.c_str() + std::min(equals + 1, part.size()));
     if (name == "tokens") {
-      const int least = plan.wgmma ? Sm90Tile::kLeastTokens : 8, most = plan.wgmma ? Sm90Tile::kMostTokens : most_tokens;
+      const int least = plan.wgmma ? Sm90Tile::kLeastTokens : 8;
+      const int most = plan.wgmma ? Sm90Tile::kMostTokens : most_tokens;
       valid = value >= least && value <= most && (value & (value - 1)) == 0;
       plan.tokens = value;
     } else {
@@ -130,41 +132,50 @@ Plan with_splits(Plan plan, const Tile& tile, int64_t m, int64_t n, int64_t k, c
 }
 
 constexpr int kWna16Tokens = 64, kIntegerTokens = 128;  // that a block takes at most
-// From so many tokens on the kernels for sm_90a take less time by the model of benchmarks/gpu_model.py. Integer products
-// wait for weights up to 64 tokens, whatever multiplies them.
-constexpr int64_t kSm90Wna16From = 33, kSm90IntegerFrom = 65;
 
-// A plan for the kernels for sm_90a, if they are asked for or, where nothing is, made for so many tokens.
-inline bool plan_sm90(Plan* plan, const std::string& variable, bool open, int64_t from, Sm90Tile tile, int64_t m, int64_t n,
-                      int64_t k, const Gpu& gpu) {
-  if (plan->wgmma && gpu.arch != 90) {
-    throw std::runtime_error(variable + ": sm90 takes a GPU of compute capability 9.0; this one has " +
-                             std::to_string(gpu.arch / 10) + "." + std::to_string(gpu.arch % 10));
-  }
-  plan->wgmma = plan->wgmma || (open && gpu.arch == 90 && m >= from);
-  if (!plan->wgmma) return false;
-  const Plan asked = *plan;
+// A plan that is `asked` for, by the kernels for sm_90a.
+inline Plan plan_sm90(const Plan& asked, Sm90Tile tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  Plan best = {};
   int64_t least = 0;
   for (int tokens = Sm90Tile::kLeastTokens; tokens <= Sm90Tile::kMostTokens; tokens *= 2) {
     if (asked.tokens != 0 && asked.tokens != tokens) continue;
     tile.block_tokens = tokens;
-    Plan found = asked;
-    found.tokens = tokens;
-    found = with_splits(found, tile, m, n, k, gpu);
-    const int64_t cost = split_cost(tile, m, n, k, gpu, found.splits);
-    if (least != 0 && cost >= least) continue;
-    *plan = found;
+    const Plan plan = with_splits({true, tokens, asked.splits, true}, tile, m, n, k, gpu);
+    const int64_t cost = split_cost(tile, m, n, k, gpu, plan.splits);
+    if (best.tensor_cores && cost >= least) continue;
+    best = plan;
     least = cost;
   }
-  return true;
+  return best;
+}
+
+// Whether the kernels for sm_90a make a product: where they are asked for, and where nothing is and they cost less than
+// `other` of the kernels for sm_80, which have to have more tokens than a block of `few`.
+template <class Tile>
+bool takes_sm90(const Plan& asked, const std::string& variable, const char* override_text, const Sm90Tile& tile,
+                const Tile& other, int few, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  if (asked.wgmma && gpu.arch != 90) {
+    throw std::runtime_error(variable + ": sm90 takes a GPU of compute capability 9.0 and a build for 90a");
+  }
+  const bool open = override_text == nullptr || *override_text == 0;
+  if (!open || gpu.arch != 90) return asked.wgmma;
+  if (m <= few) return false;
+  const Plan plan = plan_sm90(asked, tile, m, n, k, gpu);
+  const int64_t arranging = kArrangeCost + 2 * m * k * tile.element_bytes * 4 / 5 / gpu.processors;
+  const int64_t cost =
+      split_cost({tile.bits, plan.tokens, tile.element_bytes}, m, n, k, gpu, plan.splits) + arranging;
+  return cost < split_cost(other, m, n, k, gpu, choose_splits(other, m, n, k, gpu));
 }
 
 inline Plan plan_wna16(int64_t m, int64_t n, int64_t k, int bits, const Gpu& gpu, const char* override_text) {
   const std::string variable = "SLIDERQUANT_CUDA_WNA16";
-  const bool open = override_text == nullptr || *override_text == 0;
   Plan plan = parse_override(variable, kWna16Tokens, gpu.arch >= 80, override_text);
   if (!plan.tensor_cores) return {false, 0, 1};
-  if (plan_sm90(&plan, variable, open, kSm90Wna16From, {bits, 0, 2}, m, n, k, gpu)) return plan;
+  const Sm90Tile sm90 = {bits, 0, 2};
+  const Sm80Tile most = {bits, kWna16Tokens / Sm80Tile::kTileTokens};
+  if (takes_sm90(plan, variable, override_text, sm90, most, kWna16Tokens / 2, m, n, k, gpu)) {
+    return plan_sm90(plan, sm90, m, n, k, gpu);
+  }
   if (plan.tokens == 0) plan.tokens = least_tokens(m, kWna16Tokens);
   return with_splits(plan, Sm80Tile{bits, plan.tokens / Sm80Tile::kTileTokens}, m, n, k, gpu);
 }
@@ -177,10 +188,13 @@ inline Plan plan_integer(int64_t m, int64_t n, int64_t k, int bits, const Gpu& g
                              " tokens and output channels; got M=" + std::to_string(m) + ", N=" + std::to_string(n));
   }
   const std::string variable = "SLIDERQUANT_CUDA_INTEGER";
-  const bool open = override_text == nullptr || *override_text == 0;
-  Plan asked = parse_override(variable, kIntegerTokens, gpu.arch >= 80, override_text);
+  const Plan asked = parse_override(variable, kIntegerTokens, gpu.arch >= 80, override_text);
   if (!asked.tensor_cores) return {false, 0, 1};
-  if (plan_sm90(&asked, variable, open, kSm90IntegerFrom, {bits, 0, 1}, m, n, k, gpu)) return asked;
+  const Sm90Tile sm90 = {bits, 0, 1};
+  const Sm80IntegerTile most = {bits, kIntegerTokens};
+  if (takes_sm90(asked, variable, override_text, sm90, most, Sm80IntegerTile::kFew, m, n, k, gpu)) {
+    return plan_sm90(asked, sm90, m, n, k, gpu);
+  }
   const auto of_tokens = [&](int tokens) {
     return with_splits({true, tokens, asked.splits}, Sm80IntegerTile{bits, tokens}, m, n, k, gpu);
   };

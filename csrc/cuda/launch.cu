@@ -137,6 +137,9 @@ std::vector<Gpu> all_gpus() {
     ask(&gpu.processors, cudaDevAttrMultiProcessorCount);
     if (!known) return {};
     gpu.arch = 10 * major + minor;
+#ifndef SLIDERQUANT_SM90A
+    if (gpu.arch == 90) gpu.arch = 89;  // a build without the kernels for sm_90a, which takes those for sm_80
+#endif
     gpus.push_back(gpu);
   }
   return gpus;

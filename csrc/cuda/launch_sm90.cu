@@ -8,7 +8,7 @@
 namespace sliderquant::cuda {
 namespace {
 
-// Other architectures get empty kernels; dispatch.h has them take others.
+// Other architectures get empty kernels: where none for sm_90a are built, launch.cu says that no GPU can run them.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SLIDERQUANT_ON_SM90A(...) __VA_ARGS__
 #else

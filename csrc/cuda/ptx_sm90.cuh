@@ -19,10 +19,12 @@ constexpr int kAtomBytes = kAtomRows * kRowBytes;
 constexpr int kDepthBytes = 32;  // that a product takes of every row
 
 // Where a byte of an operand stands that would stand at `offset` without the permutation.
-SLIDERQUANT_HOST_DEVICE constexpr int64_t place(int64_t offset) { return offset ^ (offset / kRowBytes % kAtomRows << 4); }
+SLIDERQUANT_HOST_DEVICE constexpr int64_t place(int64_t offset) {
+  return offset ^ (offset / kRowBytes % kAtomRows << 4);
+}
 
-// The matrix descriptor of rows from `address` in shared memory on: where they begin and how far the atoms are apart, in
-// units of 16 bytes, and the kind of swizzle. The leading dimension has no meaning in this layout.
+// The matrix descriptor of rows from `address` in shared memory on: where they begin and how far the atoms are apart,
+// in units of 16 bytes, and the kind of swizzle. The leading dimension has no meaning in this layout.
 SLIDERQUANT_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address) {
   return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{kAtomBytes >> 4} << 32 | uint64_t{1} << 62;
 }
@@ -87,8 +89,8 @@ SLIDERQUANT_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 // So many bytes, a multiple of 16, from global to shared memory; they count as come where they are there.
 SLIDERQUANT_DEVICE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
@@ -133,8 +135,9 @@ SLIDERQUANT_DEVICE void product_wait() {
 #define SLIDERQUANT_8(KIND, D, I)                                                                          \
   KIND(D[I]), KIND(D[I + 1]), KIND(D[I + 2]), KIND(D[I + 3]), KIND(D[I + 4]), KIND(D[I + 5]), KIND(D[I + 6]), \
       KIND(D[I + 7])
-#define SLIDERQUANT_32(KIND, D, I) \
-  SLIDERQUANT_8(KIND, D, I), SLIDERQUANT_8(KIND, D, I + 8), SLIDERQUANT_8(KIND, D, I + 16), SLIDERQUANT_8(KIND, D, I + 24)
+#define SLIDERQUANT_32(KIND, D, I)                                                      \
+  SLIDERQUANT_8(KIND, D, I), SLIDERQUANT_8(KIND, D, I + 8), SLIDERQUANT_8(KIND, D, I + 16), \
+      SLIDERQUANT_8(KIND, D, I + 24)
 #define SLIDERQUANT_64(KIND, D, I) SLIDERQUANT_32(KIND, D, I), SLIDERQUANT_32(KIND, D, I + 32)
 // The predicate, always true: sums are added to.
 #define SLIDERQUANT_PRODUCT(SHAPE, TYPES, COUNT, KIND, END)                                              \

@@ -1,8 +1,8 @@
 // The integer product on the tensor cores of sm_90a, for many tokens: W4A4, W4A8, W8A8 and weights of 2 and 3 bits.
 //
 // Weights become unsigned bytes in registers and meet the tokens' codes in shared memory (sm90_stages.cuh); sums are
-// exact in 32 bits. Zero points, scales and bias come in at the end, by formula.h: results are those of the plain kernel
-// bit by bit.
+// exact in 32 bits. Zero points, scales and bias come in at the end, by formula.h: results are those of the plain
+// kernel bit by bit.
 //
 // Index names: w weights; r half of a panel's rows, p part of a warpgroup's channels, b block of 32 k within a chunk,
 // j tile of eight tokens.

@@ -1,8 +1,8 @@
-// What the kernels for sm_90a have in common: one warp copies stages of weights and tokens into a ring in shared memory,
-// two warpgroups multiply them, and barriers in shared memory pass the slots of the ring to and fro.
+// What the kernels for sm_90a have in common: one warp copies stages of weights and tokens into a ring in shared
+// memory, two warpgroups multiply them, and barriers in shared memory pass the slots of the ring to and fro.
 //
-// Two blocks form a cluster: they take the same tokens and neighbouring channels, and each fetches half of the tokens for
-// both, which halves what L2 has to give.
+// Two blocks form a cluster: they take the same tokens and neighbouring channels, and each fetches half of the tokens
+// for both, which halves what L2 has to give.
 //
 // A block of threads stays for several shares of the work (Sm90Work), so that the copies of the next one run while the
 // sums of the last one are written. Each warpgroup has kParts runs of 64 channels for all tokens of the block; a warp
@@ -72,7 +72,8 @@ class Sm90Stages {
   static_assert(kTile.shared_bytes() <= 227 << 10, "a block must fit into the shared memory of sm_90");
 
   template <class Args, class Blocks>
-  SLIDERQUANT_DEVICE static void run(const Args& a, const Blocks& blocks, int block, int grid, int thread, char* shared) {
+  SLIDERQUANT_DEVICE static void run(const Args& a, const Blocks& blocks, int block, int grid, int thread,
+                                     char* shared) {
     Sm90Stages stages(shared);
     if (thread == 0) {
       for (int slot = 0; slot < kStages; ++slot) {
@@ -167,7 +168,8 @@ class Sm90Stages {
       if (wait_for_image) ptx::wait_for_grid();
       wait_for_image = false;
       if (of_tokens && bytes > 0) {
-        ptx::bulk_copy_to_cluster<Sm90Tile::kCluster>(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot), policy);
+        ptx::bulk_copy_to_cluster<Sm90Tile::kCluster>(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot),
+                                                      policy);
       }
       gl_rd += step;
       place_.advance();
@@ -246,8 +248,8 @@ SLIDERQUANT_DEVICE int sm90_channel(const Sm90Work& work, int warp, int p) {
   return work.n0 + panel * layout::gpu::kPanelRows;
 }
 
-// Writes y [m, n], of 16 channels from n0 on, eight tokens after eight tokens from m0 on, that lanes hold as fragment::c
-// has it.
+// Writes y [m, n], of 16 channels from n0 on, eight tokens after eight tokens from m0 on, that lanes hold as
+// fragment::c has it.
 //
 // As 16-bit floats: each lane writes two neighbouring channels of one token, and four lanes side by side 16 bytes.
 template <Float kType>

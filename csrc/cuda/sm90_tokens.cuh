@@ -76,7 +76,10 @@ struct TokensKernel {
     constexpr int kBlocks = image::kRowBytes / (layout::kBlockCodes * kSize);  // of a column
     Vec4 units[kUnits];
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) units[image::word_place(kSize, w) / 4].v[image::word_place(kSize, w) % 4] = words[w];
+    for (int w = 0; w < kWords; ++w) {
+      const int place = image::word_place(kSize, w);
+      units[place / 4].v[place % 4] = words[w];
+    }
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       const int within = static_cast<int>(block % kBlocks) * kUnits + unit;

@@ -44,7 +44,8 @@ class Sm90Wna16 {
   }
 
   SLIDERQUANT_DEVICE void begin(const Sm90Work& work, bool first) {
-    const int64_t channel = sm90_channel(work, warp_, lane_ / layout::gpu::kPanelRows) + lane_ % layout::gpu::kPanelRows;
+    constexpr int kPanelRows = layout::gpu::kPanelRows;
+    const int64_t channel = sm90_channel(work, warp_, lane_ / kPanelRows) + lane_ % kPanelRows;
     const bool exists = channel < a_.n;
     if constexpr (kGroups) {
       const int k0 = work.chunk0 * layout::gpu::kChunkCodes;
@@ -134,8 +135,8 @@ class Sm90Wna16 {
     }
   }
 
-  // Of this lane's channel, the scale and the zero point of every group of the next chunk. Nothing may touch them before
-  // that chunk: it would wait for memory here.
+  // Of this lane's channel, the scale and the zero point of every group of the next chunk. Nothing may touch them
+  // before that chunk: it would wait for memory here.
   SLIDERQUANT_DEVICE void fetch_scales() {
 #pragma unroll
     for (int b = 0; b < kChunkBlocks; ++b) {
