@@ -61,7 +61,8 @@ void multiplies(int thread, char* shared, const uint32_t* given) {
   ptx::sync_threads();
   float d[32] = {};
   const uint32_t a[4] = {};
-  const uint64_t b = swizzled::descriptor(ptx::shared_address(shared + (kFault == kOtherB && thread >= 96 ? 1024 : 0)));
+  const int k = kFault == kOtherB && thread >= 96 ? swizzled::kDepthBytes : 0;
+  const uint64_t b = swizzled::advanced(swizzled::descriptor(ptx::shared_address(shared)), k);
   if (kFault != kUnfenced) ptx::product_fence();
   ptx::product<Operand::kBf16>(d, a, b);
   ptx::product_commit();

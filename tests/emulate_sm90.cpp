@@ -85,12 +85,14 @@ std::string emulate(const Wna16& a, int splits, int grid, uint64_t seed) {
 
 template <int kBits, Float kType>
 std::string emulate(const Wna16& a, int64_t tokens, int splits, int grid, uint64_t seed) {
-  if (a.group == a.k) {
-    return tokens == 64 ? emulate<kBits, kType, false, 64>(a, splits, grid, seed)
-                        : emulate<kBits, kType, false, 128>(a, splits, grid, seed);
+  const auto of_tokens = [&](auto of_groups, auto per_channel) {
+    return a.group != a.k ? of_groups(a, splits, grid, seed) : per_channel(a, splits, grid, seed);
+  };
+  switch (tokens) {
+    case 64: return of_tokens(emulate<kBits, kType, true, 64>, emulate<kBits, kType, false, 64>);
+    case 96: return of_tokens(emulate<kBits, kType, true, 96>, emulate<kBits, kType, false, 96>);
+    default: return of_tokens(emulate<kBits, kType, true, 128>, emulate<kBits, kType, false, 128>);
   }
-  return tokens == 64 ? emulate<kBits, kType, true, 64>(a, splits, grid, seed)
-                      : emulate<kBits, kType, true, 128>(a, splits, grid, seed);
 }
 
 template <Float kType>
@@ -128,7 +130,11 @@ std::string emulate(const IntegerGemm& a, int splits, int grid, uint64_t seed) {
 
 template <int kBits>
 std::string emulate(const IntegerGemm& a, int64_t tokens, int splits, int grid, uint64_t seed) {
-  return tokens == 64 ? emulate<kBits, 64>(a, splits, grid, seed) : emulate<kBits, 128>(a, splits, grid, seed);
+  switch (tokens) {
+    case 64: return emulate<kBits, 64>(a, splits, grid, seed);
+    case 96: return emulate<kBits, 96>(a, splits, grid, seed);
+    default: return emulate<kBits, 128>(a, splits, grid, seed);
+  }
 }
 
 }  // namespace

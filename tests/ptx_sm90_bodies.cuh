@@ -117,16 +117,21 @@ struct Registers {
 };
 
 using product_bf16_64 = Product<Operand::kBf16, float, 32>;
+using product_bf16_96 = Product<Operand::kBf16, float, 48>;
 using product_bf16_128 = Product<Operand::kBf16, float, 64>;
 using product_fp16_64 = Product<Operand::kFp16, float, 32>;
+using product_fp16_96 = Product<Operand::kFp16, float, 48>;
 using product_fp16_128 = Product<Operand::kFp16, float, 64>;
 using product_byte_64 = Product<Operand::kByte, int32_t, 32>;
+using product_byte_96 = Product<Operand::kByte, int32_t, 48>;
 using product_byte_128 = Product<Operand::kByte, int32_t, 64>;
 using registers_bf16 = Registers<Float::kBf16>;
 using registers_fp16 = Registers<Float::kFp16>;
 
-#define SLIDERQUANT_PTX_SM90_BODIES(VISIT)                                                                 \
-  VISIT(product_bf16_64) VISIT(product_bf16_128) VISIT(product_fp16_64) VISIT(product_fp16_128)            \
-  VISIT(product_byte_64) VISIT(product_byte_128) VISIT(cluster) VISIT(registers_bf16) VISIT(registers_fp16)
+#define SLIDERQUANT_PTX_SM90_BODIES(VISIT)                                                \
+  VISIT(product_bf16_64) VISIT(product_bf16_96) VISIT(product_bf16_128)                   \
+  VISIT(product_fp16_64) VISIT(product_fp16_96) VISIT(product_fp16_128)                   \
+  VISIT(product_byte_64) VISIT(product_byte_96) VISIT(product_byte_128)                   \
+  VISIT(cluster) VISIT(registers_bf16) VISIT(registers_fp16)
 
 }  // namespace sliderquant::cuda::selftest90

@@ -31,10 +31,13 @@ BODIES = {
 # The same of ptx_sm90_bodies.cuh.
 SM90_BODIES = {
     "product_bf16_64": "HGMMA.64x64x16.F32.BF16",
+    "product_bf16_96": "HGMMA.64x96x16.F32.BF16",
     "product_bf16_128": "HGMMA.64x128x16.F32.BF16",
     "product_fp16_64": "HGMMA.64x64x16.F32$",
+    "product_fp16_96": "HGMMA.64x96x16.F32$",
     "product_fp16_128": "HGMMA.64x128x16.F32$",
     "product_byte_64": "IGMMA.64x64x32.U8.U8",
+    "product_byte_96": "IGMMA.64x96x32.U8.U8",
     "product_byte_128": "IGMMA.64x128x32.U8.U8",
     "cluster": "UBLKCP.*MULTICAST",
     "registers_bf16": "(HFMA2|HMUL2)(.MMA)?.BF16",

@@ -16,7 +16,7 @@ from sliderquant_vllm.packing import pack_codes
 from tests.cuda import build_emulator, call, repack
 from tests.native import Weight, check_close, random_weight
 
-TOKENS = (64, 128)
+TOKENS = (64, 96, 128)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
@@ -145,7 +145,7 @@ def check_wna16(y, weight: Weight, x, bias, case) -> None:
 def test_wna16_body_on_the_host(emulator, bits, dtype, tokens):
     seed = random.randrange(2**32)  # of the order in which everything happens
     for case, (n, k, group_size, m, splits, grid) in enumerate(WNA16_CASES):
-        symmetric = (case + tokens // 64 + (dtype == torch.float16)) % 2 == 0
+        symmetric = (case + tokens // 32 + (dtype == torch.float16)) % 2 == 0
         weight = random_weight(n, k, bits, group_size, symmetric)
         # Rows of x that 16-byte loads can take, and rows that they cannot.
         x = torch.randn(m, k + 8).to(dtype)[:, 3 : k + 3] if symmetric else torch.randn(m, k).to(dtype)
@@ -219,7 +219,7 @@ def integer_operands(emulator, n: int, k: int, m: int, bits: int, activation_bit
 def test_integer_body_on_the_host(emulator, bits, tokens):
     seed = random.randrange(2**32)
     for case, (n, k, m, splits, grid) in enumerate(INTEGER_CASES):
-        symmetric, activation_bits = (case + tokens // 64) % 2 == 0, (4, 8, 2)[case % 3]
+        symmetric, activation_bits = (case + tokens // 32) % 2 == 0, (4, 8, 2)[case % 3]
         operands, expecting = integer_operands(emulator, n, k, m, bits, activation_bits, symmetric)
         kind = (case + bits) % len(OUT_DTYPES)
         y = torch.full((m, n), torch.nan, dtype=OUT_DTYPES[kind])

@@ -35,7 +35,7 @@ def choose(monkeypatch, variable: str, kernel: str) -> None:
 
 # Values of SLIDERQUANT_CUDA_WNA16; empty: what the dispatch chooses.
 KERNELS = ("", "plain", "sm80:tokens=8", "sm80:tokens=16:splits=2", "sm80:tokens=32:splits=3", "sm80:tokens=64")
-KERNELS += ("sm90:tokens=64", "sm90:tokens=128", "sm90:tokens=64:splits=3", "sm90:tokens=128:splits=2")
+KERNELS += ("sm90:tokens=64", "sm90:tokens=128", "sm90:tokens=96:splits=3", "sm90:tokens=128:splits=2")
 # N, K, group_size, M
 ODD_SHAPES = (
     (1, 32, 32, 1),
@@ -138,7 +138,7 @@ def test_hadamard(block_size):
 
 # Values of SLIDERQUANT_CUDA_INTEGER; empty: what the dispatch chooses.
 INTEGER_KERNELS = ("", "plain", *(f"sm80:tokens={8 << i}:splits={splits}" for i, splits in enumerate((1, 2, 3, 1, 2))))
-INTEGER_KERNELS += ("sm90:tokens=64", "sm90:tokens=128", "sm90:tokens=64:splits=3", "sm90:tokens=128:splits=2")
+INTEGER_KERNELS += ("sm90:tokens=64", "sm90:tokens=128", "sm90:tokens=96:splits=3", "sm90:tokens=128:splits=2")
 
 
 def check_w4a4_gemm(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:

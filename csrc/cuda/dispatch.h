@@ -2,7 +2,7 @@
 //
 // SLIDERQUANT_CUDA_WNA16 and SLIDERQUANT_CUDA_INTEGER override the choice for experiments: plain, or sm80 followed by
 // any of :tokens=8|16|32|64 (also 128 for the integer product) and :splits=COUNT, such as sm80:tokens=16:splits=4, or
-// sm90 followed by the same, with :tokens=64|128, on GPUs of compute capability 9.0.
+// sm90 followed by the same, with :tokens=64|96|128, on GPUs of compute capability 9.0.
 #pragma once
 
 #include <algorithm>
@@ -104,9 +104,9 @@ inline Plan parse_override(const std::string& variable, int most_tokens, bool te
     const std::string name = part.substr(0, equals);
     const int value = std::atoi(part.c_str() + std::min(equals + 1, part.size()));
     if (name == "tokens") {
-      const int least = plan.wgmma ? Sm90Tile::kLeastTokens : 8;
-      const int most = plan.wgmma ? Sm90Tile::kMostTokens : most_tokens;
-      valid = value >= least && value <= most && (value & (value - 1)) == 0;
+      valid = plan.wgmma ? value >= Sm90Tile::kLeastTokens && value <= Sm90Tile::kMostTokens &&
+                               value % Sm90Tile::kTokenStep == 0
+                         : value >= 8 && value <= most_tokens && (value & (value - 1)) == 0;
       plan.tokens = value;
     } else {
       valid = name == "splits" && value >= 1 && value <= kMaxSplits;
@@ -118,7 +118,7 @@ inline Plan parse_override(const std::string& variable, int most_tokens, bool te
     for (int each = 16; each <= most_tokens; each *= 2) tokens.append("|").append(std::to_string(each));
     throw std::runtime_error(variable + ": expected plain, or sm80 followed by any of :tokens=" + tokens +
                              " and :splits=1.." + std::to_string(kMaxSplits) +
-                             ", or sm90 with :tokens=64|128; got " + text);
+                             ", or sm90 with :tokens=64|96|128; got " + text);
   }
   return plan;
 }
@@ -137,7 +137,7 @@ constexpr int kWna16Tokens = 64, kIntegerTokens = 128;  // that a block takes at
 inline Plan plan_sm90(const Plan& asked, Sm90Tile tile, int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   Plan best = {};
   int64_t least = 0;
-  for (int tokens = Sm90Tile::kLeastTokens; tokens <= Sm90Tile::kMostTokens; tokens *= 2) {
+  for (int tokens = Sm90Tile::kLeastTokens; tokens <= Sm90Tile::kMostTokens; tokens += Sm90Tile::kTokenStep) {
     if (asked.tokens != 0 && asked.tokens != tokens) continue;
     tile.block_tokens = tokens;
     const Plan plan = with_splits({true, tokens, asked.splits, true}, tile, m, n, k, gpu);

@@ -63,9 +63,14 @@ const char* launch_sm90(const Args& args, const Tokens& tokens, const Blocks& bl
 template <int kBits, Float kType, bool kGroups>
 const char* launch_wna16(const Wna16& a, const Tokens& tokens, const Sm90Wna16Blocks& blocks, int block_tokens,
                          int processors, int device, uintptr_t stream) {
-  return block_tokens == 64
-             ? launch_sm90<Sm90Wna16<kBits, kType, kGroups, 64>>(a, tokens, blocks, processors, device, stream)
-             : launch_sm90<Sm90Wna16<kBits, kType, kGroups, 128>>(a, tokens, blocks, processors, device, stream);
+  switch (block_tokens) {
+    case 64:
+      return launch_sm90<Sm90Wna16<kBits, kType, kGroups, 64>>(a, tokens, blocks, processors, device, stream);
+    case 96:
+      return launch_sm90<Sm90Wna16<kBits, kType, kGroups, 96>>(a, tokens, blocks, processors, device, stream);
+    default:
+      return launch_sm90<Sm90Wna16<kBits, kType, kGroups, 128>>(a, tokens, blocks, processors, device, stream);
+  }
 }
 
 template <Float kType, bool kGroups>
@@ -81,8 +86,11 @@ const char* launch_wna16(const Wna16& a, const Tokens& tokens, const Sm90Wna16Bl
 template <int kBits>
 const char* launch_integer(const IntegerGemm& a, const Tokens& tokens, const Sm90IntegerBlocks& blocks,
                            int block_tokens, int processors, int device, uintptr_t stream) {
-  return block_tokens == 64 ? launch_sm90<Sm90Integer<kBits, 64>>(a, tokens, blocks, processors, device, stream)
-                            : launch_sm90<Sm90Integer<kBits, 128>>(a, tokens, blocks, processors, device, stream);
+  switch (block_tokens) {
+    case 64: return launch_sm90<Sm90Integer<kBits, 64>>(a, tokens, blocks, processors, device, stream);
+    case 96: return launch_sm90<Sm90Integer<kBits, 96>>(a, tokens, blocks, processors, device, stream);
+    default: return launch_sm90<Sm90Integer<kBits, 128>>(a, tokens, blocks, processors, device, stream);
+  }
 }
 
 }  // namespace

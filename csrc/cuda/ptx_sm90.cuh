@@ -126,6 +126,11 @@ SLIDERQUANT_DEVICE void product_wait() {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "       \
   "{%32, %33, %34, %35}, %36, "
+#define SLIDERQUANT_SUMS_48                                                                 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "       \
+  "{%48, %49, %50, %51}, %52, "
 #define SLIDERQUANT_SUMS_64                                                                 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
@@ -138,6 +143,8 @@ SLIDERQUANT_DEVICE void product_wait() {
 #define SLIDERQUANT_32(KIND, D, I)                                                      \
   SLIDERQUANT_8(KIND, D, I), SLIDERQUANT_8(KIND, D, I + 8), SLIDERQUANT_8(KIND, D, I + 16), \
       SLIDERQUANT_8(KIND, D, I + 24)
+#define SLIDERQUANT_48(KIND, D, I) \
+  SLIDERQUANT_32(KIND, D, I), SLIDERQUANT_8(KIND, D, I + 32), SLIDERQUANT_8(KIND, D, I + 40)
 #define SLIDERQUANT_64(KIND, D, I) SLIDERQUANT_32(KIND, D, I), SLIDERQUANT_32(KIND, D, I + 32)
 // The predicate, always true: sums are added to.
 #define SLIDERQUANT_PRODUCT(SHAPE, TYPES, COUNT, KIND, END)                                              \
@@ -146,36 +153,36 @@ SLIDERQUANT_DEVICE void product_wait() {
                : SLIDERQUANT_##COUNT(KIND, d, 0)                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
+#define SLIDERQUANT_PRODUCT_OF(COUNT, COLUMNS)                                                         \
+  if constexpr (kOperand == Operand::kByte) {                                                          \
+    SLIDERQUANT_PRODUCT("m64n" COLUMNS "k32", ".s32.u8.u8", COUNT, "+r", "");                          \
+  } else if constexpr (kOperand == Operand::kFp16) {                                                   \
+    SLIDERQUANT_PRODUCT("m64n" COLUMNS "k16", ".f32.f16.f16", COUNT, "+f", ", 1, 1, 0");               \
+  } else {                                                                                             \
+    SLIDERQUANT_PRODUCT("m64n" COLUMNS "k16", ".f32.bf16.bf16", COUNT, "+f", ", 1, 1, 0");             \
+  }
+
 // d += a x b, at some time before product_wait says so. Until then a must stand and d must not be looked at.
 template <Operand kOperand, class Sum, int kSums>
 SLIDERQUANT_DEVICE void product(Sum (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kSums == 32 || kSums == 64, "64 or 128 tokens");
-  if constexpr (kOperand == Operand::kByte) {
-    if constexpr (kSums == 32) {
-      SLIDERQUANT_PRODUCT("m64n64k32", ".s32.u8.u8", 32, "+r", "");
-    } else {
-      SLIDERQUANT_PRODUCT("m64n128k32", ".s32.u8.u8", 64, "+r", "");
-    }
-  } else if constexpr (kOperand == Operand::kFp16) {
-    if constexpr (kSums == 32) {
-      SLIDERQUANT_PRODUCT("m64n64k16", ".f32.f16.f16", 32, "+f", ", 1, 1, 0");
-    } else {
-      SLIDERQUANT_PRODUCT("m64n128k16", ".f32.f16.f16", 64, "+f", ", 1, 1, 0");
-    }
+  static_assert(kSums == 32 || kSums == 48 || kSums == 64, "64, 96 or 128 tokens");
+  if constexpr (kSums == 32) {
+    SLIDERQUANT_PRODUCT_OF(32, "64")
+  } else if constexpr (kSums == 48) {
+    SLIDERQUANT_PRODUCT_OF(48, "96")
   } else {
-    if constexpr (kSums == 32) {
-      SLIDERQUANT_PRODUCT("m64n64k16", ".f32.bf16.bf16", 32, "+f", ", 1, 1, 0");
-    } else {
-      SLIDERQUANT_PRODUCT("m64n128k16", ".f32.bf16.bf16", 64, "+f", ", 1, 1, 0");
-    }
+    SLIDERQUANT_PRODUCT_OF(64, "128")
   }
 }
 
+#undef SLIDERQUANT_PRODUCT_OF
 #undef SLIDERQUANT_PRODUCT
 #undef SLIDERQUANT_64
+#undef SLIDERQUANT_48
 #undef SLIDERQUANT_32
 #undef SLIDERQUANT_8
 #undef SLIDERQUANT_SUMS_64
+#undef SLIDERQUANT_SUMS_48
 #undef SLIDERQUANT_SUMS_32
 
 // Tells the compiler that a register changes here. It must neither read sums before the last product_wait nor make the

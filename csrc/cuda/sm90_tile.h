@@ -18,7 +18,7 @@ struct Sm90Tile {
   static constexpr int kRowBytes = 128;  // of a token in a column of the image
   static constexpr int kSharedBudget = 224 << 10;
   static constexpr int kMaxStages = 8;
-  static constexpr int kLeastTokens = 64, kMostTokens = 128;  // of a block: either
+  static constexpr int kLeastTokens = 64, kMostTokens = 128, kTokenStep = 32;  // of a block
   static constexpr int kBarrierBytes = 8;
 
   int bits, block_tokens;
