@@ -251,30 +251,36 @@ SLIDERQUANT_DEVICE int sm90_channel(const Sm90Work& work, int warp, int p) {
 // Writes y [m, n], of 16 channels from n0 on, eight tokens after eight tokens from m0 on, that lanes hold as
 // fragment::c has it.
 //
-// As 16-bit floats: each lane writes two neighbouring channels of one token, and four lanes side by side 16 bytes.
+// As 16-bit floats: each lane writes four neighbouring channels of one token, and four lanes side by side a whole sector
+// of 32 bytes.
 template <Float kType>
 class HalvesWriter {
  public:
-  SLIDERQUANT_DEVICE HalvesWriter(uint16_t* y, int64_t m, int64_t n, int m0, int64_t n0, int lane) : n_(n) {
+  SLIDERQUANT_DEVICE HalvesWriter(uint16_t* y, int64_t m, int64_t n, int m0, int64_t n0, int lane)
+      : n_(n), odd_(lane % 2 != 0) {
     const auto place = fragment::matrix(lane, 0);
-    y_gl_wr_ = y + (m0 + place.row) * n + n0 + place.column;
+    const int channel = odd_ ? fragment::kColumns + place.column - 2 : place.column;
+    y_gl_wr_ = y + (m0 + place.row) * n + n0 + channel;
     tokens_ = static_cast<int>(m) - m0 - place.row;
-    channels_ = static_cast<int>(n - n0) - place.column;
+    channels_ = static_cast<int>(n - n0) - channel;
   }
 
   // The j-th eight tokens.
   SLIDERQUANT_DEVICE void write(int j, const float (&v)[4]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t both = ptx::transpose(ptx::pack2<kType>(v[2 * h], v[2 * h + 1]));
-      uint16_t* to = y_gl_wr_ + fragment::kColumns * h;
-      const int channels = channels_ - fragment::kColumns * h;
-      if (fragment::kColumns * j >= tokens_ || channels <= 0) continue;
-      if (n_ % 2 == 0) {
-        ptx::store(reinterpret_cast<uint32_t*>(to), both);
+    // Rows become columns: two neighbouring channels of one token, and those eight channels further.
+    const uint32_t near = ptx::transpose(ptx::pack2<kType>(v[0], v[1]));
+    const uint32_t far = ptx::transpose(ptx::pack2<kType>(v[2], v[3]));
+    // Two lanes share out four of the near ones and four of the far ones.
+    const uint32_t other = ptx::shuffle_xor(odd_ ? near : far, 1);
+    const Vec2 four = {{odd_ ? other : near, odd_ ? far : other}};
+    if (fragment::kColumns * j < tokens_ && channels_ > 0) {
+      if (n_ % 4 == 0) {
+        ptx::store(reinterpret_cast<Vec2*>(y_gl_wr_), four);
       } else {
-        ptx::store(to, static_cast<uint16_t>(both));
-        if (channels > 1) ptx::store(to + 1, static_cast<uint16_t>(both >> 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i < channels_) ptx::store(y_gl_wr_ + i, static_cast<uint16_t>(four.v[i / 2] >> 16 * (i % 2)));
+        }
       }
     }
     y_gl_wr_ += fragment::kColumns * n_;
@@ -282,6 +288,7 @@ class HalvesWriter {
 
  private:
   int64_t n_;
+  bool odd_;
   uint16_t* y_gl_wr_;
   int tokens_, channels_;  // that are left, from the lane's own on
 };
