@@ -34,8 +34,16 @@ QUANTIZE_LAUNCH = 2e-6  # s of the kernel that quantizes the tokens, which find 
 # Of the kernels of rows.cuh per value: bytes, and instructions as far as the source tells; a butterfly takes two more.
 ROW_BYTES = {"quantize": 2 + 1, "rms_norm": 2 + 2 + 2 + 1, "silu_mul": 2 + 2 + 1}
 ROW_INSTRUCTIONS = {"quantize": 18, "rms_norm": 26, "silu_mul": 45}
+ARRANGE_LAUNCH = 2e-6  # s of the kernel that makes the image of the tokens, which find themselves in L2; a guess
+WGMMA_MACS = {2: 2048, 1: 4096}  # per cycle of an SM, by the bytes of an element of x; the data sheet's rate
 OVERHEAD = 100  # instructions per chunk: copies, addresses, scales, the loop; counted in the machine code of sm_90a
 INTEGER_OVERHEAD = 60  # the same of the integer product
+# Instructions of the kernels for sm_90a, per warp: of a chunk, of a group of a chunk, and of the 128 outputs per lane
+# that a share of 128 tokens ends with, of which half is taken to be hidden behind the other warpgroup's products
+SM90_OVERHEAD = {2: 88, 1: 66}
+SM90_GROUP = 50
+SM90_FINISH = {2: 800, 1: 2000}
+SM90_HIDDEN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +72,23 @@ class Cost:
         return max(("memory", "l2", "issue", "tensor", "shared"), key=lambda name: getattr(self, name))
 
 
+def expand_instructions(bits: int, fp16: bool) -> int:
+    """Of a warp for the pairs of 32 channels x 128 k, as expand.cuh says, per lane."""
+    mantissa = 10 if fp16 else 7
+    pairs = 64
+    if bits > mantissa:
+        return 5 * pairs
+    places = max(1, min(4, mantissa // bits))
+    shifts = -(-(16 // bits) // places) - 1  # of a word
+    gather = 4 * 5 if bits == 3 else 0  # the sixteenth pair
+    return 2 * pairs + 4 * bits * shifts + gather
+
+
 def chunk_instructions(bits: int, fp16: bool, tiles: int, groups: int, asymmetric: bool) -> float:
     """Of a warp for 32 channels x 128 k, as expand.cuh and sm80_wna16.cuh say, per lane."""
     mantissa = 10 if fp16 else 7
     places = max(1, min(4, mantissa // bits))
-    pairs = 64
-    if bits > mantissa:
-        expand = 5 * pairs
-    else:
-        shifts = -(-(16 // bits) // places) - 1  # of a word
-        gather = 4 * 5 if bits == 3 else 0  # the sixteenth pair
-        expand = 2 * pairs + 4 * bits * shifts + gather
+    expand = expand_instructions(bits, fp16)
     products = 16 * tiles
     reads = 4 * tiles + bits
     offsets = groups * asymmetric * (5 + 4 * places)
@@ -89,6 +103,11 @@ def wna16_cost(
     tiles, splits, blocks = plan["tokens"] // 8, plan["splits"], plan["blocks"]
     groups = 1 if group_size == -1 else k // group_size
     weights = 4 * ops.host().gpu.packed_words(bits, n, k) + groups * n * (5 if asymmetric else 4)
+    if plan["kernel"] == "sm90":
+        instructions = expand_instructions(bits, fp16)
+        if groups > 1:
+            instructions += 2 * 64 + max(1, 128 // group_size) * SM90_GROUP
+        return sm90_cost(machine, plan, m, n, k, weights, 2, instructions)
     chunks_of_block = -(-k // 128) / splits  # of 128 k
     x_reads = blocks * chunks_of_block * 128 * min(m, plan["tokens"]) * 2
     partial = 2 * 4 * splits * m * n if splits > 1 else 0
@@ -110,9 +129,45 @@ def wna16_cost(
     )
 
 
+def sm90_cost(machine: Machine, plan: dict, m: int, n: int, k: int, weights: int, size: int, expansion: float) -> Cost:
+    """Of the kernels for sm_90a, given the instructions that expand 32 channels x 128 k for a warp, and of making the
+    image of the tokens before; with integers, of quantizing them before that."""
+    tokens, splits, shares = plan["tokens"], plan["splits"], plan["blocks"]
+    chunks = -(-k // 128) / splits
+    busiest = -(-shares // machine.processors)
+    image = m * k * size
+    tile_weights = chunks * plan["channels"] * 128 * (weights / (n * k))
+    x_reads = chunks * 128 * size * min(m, tokens)
+    partial = 2 * 4 * splits * m * n if splits > 1 else 0
+    # Two warps of a quarter, each with 32 channels.
+    finish = SM90_FINISH[size] * tokens / 128
+    issue = busiest * 2 * (chunks * (expansion + SM90_OVERHEAD[size]) + finish)
+    macs = busiest * chunks * plan["channels"] * tokens * 128 / WGMMA_MACS[size]
+    arranging = 2 * image / machine.l2 + ARRANGE_LAUNCH
+    quantizing = m * k * (2 + 1) / machine.l2 + QUANTIZE_LAUNCH if size == 1 else 0
+    return Cost(
+        memory=(weights + image + 2 * m * n) / (machine.memory * MEMORY_SHARE),
+        l2=(shares * (tile_weights + x_reads / plan["cluster"]) + partial + 2 * m * n) / machine.l2,
+        issue=issue / machine.clock,
+        tensor=(macs + busiest * 2 * finish * (1 - SM90_HIDDEN)) / machine.clock,
+        launches=machine.launch + arranging + quantizing + (REDUCE_LAUNCH if splits > 1 else 0),
+        blocks=shares,
+        splits=splits,
+        blocks_per_processor=1,
+        shared=busiest
+        * chunks
+        * (128 * size * tokens * (1 + 2 * 2) + 2 * 128 * weights / n / k * 256)
+        / SHARED_BYTES
+        / machine.clock,
+    )
+
+
+QUAD_EXPANSION = {2: 16 + 12, 3: 32 + 22, 4: 16 + 8, 8: 0}  # by bits: masks and shifts of 16 registers
+
+
 def quad_instructions(bits: int, panels: int, tiles: int) -> float:
     """Of a warp for its panels of 16 channels x 128 k, as expand.cuh and sm80_integer.cuh say, per lane."""
-    expand = {2: 16 + 12, 3: 32 + 22, 4: 16 + 8, 8: 0}[bits]  # masks and shifts of 16 registers
+    expand = QUAD_EXPANSION[bits]
     vectors = {2: 1, 3: 3, 4: 2, 8: 4}[bits]
     return panels * (expand + vectors) + 4 * panels * tiles + 4 * tiles + INTEGER_OVERHEAD
 
@@ -135,9 +190,11 @@ def integer_cost(
 ) -> Cost:
     """Of the integer product, and of quantizing its tokens before: alone, or with the layer in front of it."""
     plan = ops.host().gpu.plan_integer(m, n, k, bits, machine.arch, machine.processors)
+    weights = 4 * ops.host().gpu.packed_words(bits, n, k) + n * (9 if asymmetric else 8)
+    if plan["kernel"] == "sm90":
+        return sm90_cost(machine, plan, m, n, k, weights, 1, 2 * QUAD_EXPANSION[bits])
     splits, blocks, panels = plan["splits"], plan["blocks"], plan["panels"]
     tiles = plan["tokens"] // 8 // plan["warps_m"]
-    weights = 4 * ops.host().gpu.packed_words(bits, n, k) + n * (9 if asymmetric else 8)
     chunks_of_block = -(-k // 128) / splits
     token_tiles = -(-m // plan["tokens"])
     x_reads = blocks * chunks_of_block * 128 * min(m, plan["tokens"])

@@ -37,7 +37,7 @@ double peak(const std::string& kind, double seconds) {
 template <class Tile>
 py::dict describe(const cuda::Plan& plan, const Tile& tile, int64_t m, int64_t n) {
   py::dict found;
-  found["kernel"] = plan.tensor_cores ? "sm80" : "plain";
+  found["kernel"] = plan.wgmma ? "sm90" : plan.tensor_cores ? "sm80" : "plain";
   if (!plan.tensor_cores) return found;
   found["tokens"] = tile.tokens();
   found["channels"] = tile.rows();
@@ -50,13 +50,21 @@ py::dict describe(const cuda::Plan& plan, const Tile& tile, int64_t m, int64_t n
   return found;
 }
 
+py::dict describe_sm90(const cuda::Plan& plan, const cuda::Sm90Tile& tile, int64_t m, int64_t n) {
+  py::dict found = describe(plan, tile, m, n);
+  found["cluster"] = +cuda::Sm90Tile::kCluster;
+  return found;
+}
+
 py::dict plan_wna16(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
   const auto plan = cuda::plan_wna16(m, n, k, bits, {arch, processors}, text.c_str());
+  if (plan.wgmma) return describe_sm90(plan, {bits, plan.tokens, 2}, m, n);
   return describe(plan, cuda::Sm80Tile{bits, plan.tokens / cuda::Sm80Tile::kTileTokens}, m, n);
 }
 
 py::dict plan_integer(int64_t m, int64_t n, int64_t k, int bits, int arch, int processors, const std::string& text) {
   const auto plan = cuda::plan_integer(m, n, k, bits, {arch, processors}, text.c_str());
+  if (plan.wgmma) return describe_sm90(plan, {bits, plan.tokens, 1}, m, n);
   const cuda::Sm80IntegerTile tile = {bits, plan.tokens};
   py::dict found = describe(plan, tile, m, n);
   if (plan.tensor_cores) found["warps_m"] = tile.warps_m();

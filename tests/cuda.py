@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sliderquant_vllm import ops
+
 ROOT = Path(__file__).parents[1]
 BUILT_ARCHS = ("80", "90a")
 NVCC = shutil.which("nvcc")
@@ -41,8 +43,8 @@ def find_cuobjdump() -> str:
     return str(bundled)
 
 
-def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> None:
-    """Compile for one architecture, without spills and without a stack frame."""
+def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> str:
+    """Compile for one architecture, without spills and without a stack frame; what the compiler reported."""
     command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
     command += ["-Xcompiler=-fPIC", *options, str(source), "-o", str(target)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -50,6 +52,7 @@ def compile_cuda(source: Path, target: Path, arch: str, *options: str) -> None:
     report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", process.stderr)
     assert report and set(report) == {("0", "0", "0")}, process.stderr
     assert f"for 'sm_{arch}'" in process.stderr
+    return process.stderr
 
 
 def instructions(binary: Path, arch: str) -> set[str]:
@@ -79,3 +82,11 @@ def call(function, *arguments) -> str:
             converted.append(ctypes.c_int64(value))
     found = function(*converted)
     return found.decode() if isinstance(found, bytes) else ""
+
+
+def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
+    """Kernel layout of a GPU, made by its own kernel."""
+    n, k = packed.shape[0], packed.shape[1] * 32 // bits
+    found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
+    assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
+    return found

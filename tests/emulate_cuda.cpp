@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "../csrc/cuda/integer_gemm.cuh"
-#include "../csrc/cuda/repack.cuh"
 #include "../csrc/cuda/sm80_integer.cuh"
 #include "../csrc/cuda/sm80_wna16.cuh"
 #include "../csrc/cuda/wna16.cuh"
 #include "cuda_runner.h"
+#include "emulate_repack.h"
 
 namespace {
 
@@ -124,16 +124,6 @@ std::string emulate_sm80_integer(const IntegerGemm& a, int64_t tokens, int split
 }  // namespace
 
 extern "C" {
-
-const char* emulate_repack(const uint32_t* stream, uint32_t* packed, int64_t n, int64_t k, int64_t bits, int64_t pairs,
-                           int64_t seed) {
-  const Repack args = {stream, packed, n, k, static_cast<int>(bits), pairs != 0};
-  cuda::BlockRunner runner(static_cast<uint64_t>(seed));
-  runner.allow(packed, layout::gpu::packed_words(args.bits, n, k) * 4, true);
-  error = runner.run(cuda::RepackKernel::blocks(args), cuda::RepackKernel::kThreads, 0,
-                     [&](int64_t block, int thread, char*) { cuda::RepackKernel::run(args, block, thread); });
-  return error.c_str();
-}
 
 void emulate_wna16(const uint16_t* x, int64_t fp16, int64_t x_stride, const uint32_t* w, const float* scale,
                    const uint8_t* zero, const float* bias, uint16_t* y, int64_t m, int64_t n, int64_t k, int64_t group,

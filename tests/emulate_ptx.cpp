@@ -4,6 +4,7 @@
 
 #include "cuda_runner.h"
 #include "ptx_bodies.cuh"
+#include "ptx_sm90_bodies.cuh"
 
 namespace {
 
@@ -39,6 +40,45 @@ void copies_unaligned(int thread, char* shared, const uint32_t* given) {
 
 void overflows_shared(int, char* shared, const uint32_t*) { shared[1024] = 0; }
 
+// Of the products of warps: 16 KB that a bulk copy brings, one product. Each fault is named by its number.
+enum ProductFault { kNone, kUnfenced, kOrdinaryWrite, kUnwaited, kOtherB, kUnfencedBarrier, kUnalignedCopy };
+
+template <int kFault>
+void multiplies(int thread, char* shared, const uint32_t* given) {
+  constexpr int kBytes = 128 * 64;
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + kBytes);
+  if (thread == 0) {
+    ptx::barrier_init(barrier, 1);
+    if (kFault != kUnfencedBarrier) ptx::barrier_fence();
+  }
+  ptx::sync_threads();
+  if (thread == 0) {
+    ptx::barrier_arrive(barrier, kBytes);
+    ptx::bulk_copy(shared + (kFault == kUnalignedCopy ? 8 : 0), given, kBytes, barrier, ptx::evict_normal());
+  }
+  ptx::barrier_wait(barrier, 0);
+  if (kFault == kOrdinaryWrite && thread == 9) shared[16] = 1;
+  ptx::sync_threads();
+  float d[32] = {};
+  const uint32_t a[4] = {};
+  const int k = kFault == kOtherB && thread >= 96 ? swizzled::kDepthBytes : 0;
+  const uint64_t b = swizzled::advanced(swizzled::descriptor(ptx::shared_address(shared)), k);
+  if (kFault != kUnfenced) ptx::product_fence();
+  ptx::product<Operand::kBf16>(d, a, b);
+  ptx::product_commit();
+  if (kFault != kUnwaited) ptx::product_wait<0>();
+}
+
+const std::map<std::string, Faulty> kFaultyProducts = {
+    {"none", multiplies<kNone>},
+    {"unfenced", multiplies<kUnfenced>},
+    {"ordinary_write", multiplies<kOrdinaryWrite>},
+    {"unwaited", multiplies<kUnwaited>},
+    {"other_b", multiplies<kOtherB>},
+    {"unfenced_barrier", multiplies<kUnfencedBarrier>},
+    {"unaligned_copy", multiplies<kUnalignedCopy>},
+};
+
 const std::map<std::string, Faulty> kFaulty = {
     {"diverges_at_a_barrier", diverges_at_a_barrier},
     {"leaves_a_warp", leaves_a_warp},
@@ -65,6 +105,12 @@ void fragment_place(int64_t operand, int64_t bits, int64_t lane, int64_t i, int6
   *column = place.column;
 }
 
+int64_t swizzled_place(int64_t offset) { return swizzled::place(offset); }
+
+uint64_t descriptor(int64_t address, int64_t bytes) {
+  return swizzled::advanced(swizzled::descriptor(static_cast<uint32_t>(address)), static_cast<int>(bytes));
+}
+
 const char* run_ptx(const char* name, uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d, int64_t seed) {
   BlockRunner runner(static_cast<uint64_t>(seed));
   runner.allow(a, kWarp * 16);
@@ -80,6 +126,67 @@ const char* run_ptx(const char* name, uint32_t* a, uint32_t* b, uint32_t* c, uin
   error = runner.run(1, kWarp, selftest::kSharedBytes,
                      [&](int64_t, int thread, char* shared) { body(words, thread, shared); });
   return error.c_str();
+}
+
+const char* run_ptx_sm90(const char* name, uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d, int64_t seed) {
+  using namespace selftest90;
+  BlockRunner runner(static_cast<uint64_t>(seed));
+  runner.allow(a, kThreads * 16);
+  runner.allow(b, kTokens * 32);
+  runner.allow(c, kThreads * kSums * 4);
+  runner.allow(d, kBlocks * kThreads * kSums * 4, true);
+  const Words words = {a, b, c, d};
+  void (*body)(const Words&, int, int, char*) = nullptr;
+#define SLIDERQUANT_FIND_SM90(NAME) \
+  if (name == std::string(#NAME)) body = selftest90::NAME::run;
+  SLIDERQUANT_PTX_SM90_BODIES(SLIDERQUANT_FIND_SM90)
+  if (body == nullptr) return "no such body";
+  error = runner.run(
+      kBlocks, kThreads, kSharedBytes,
+      [&](int64_t block, int thread, char* shared) { body(words, static_cast<int>(block), thread, shared); }, kBlocks);
+  return error.c_str();
+}
+
+const char* run_faulty_product(const char* name, int64_t seed) {
+  alignas(16) static uint32_t given[128 * 64 / 4] = {};
+  BlockRunner runner(static_cast<uint64_t>(seed));
+  runner.allow(given, sizeof given);
+  const Faulty body = kFaultyProducts.at(name);
+  error = runner.run(1, 128, 128 * 64 + 8, [&](int64_t, int thread, char* shared) { body(thread, shared, given); });
+  return error.c_str();
+}
+
+// How often a product is right though its operand or its sums are touched before the wait: 0 an operand that changes,
+// 1 sums that are read.
+double share_of_products_right(int64_t early, int64_t seed) {
+  alignas(16) static uint32_t given[128 * 64 / 4];
+  for (uint32_t& pair : given) pair = 0x3F803F80;  // ones
+  BlockRunner runner(static_cast<uint64_t>(seed));
+  runner.allow(given, sizeof given);
+  int right = 0;
+  error = runner.run(1, 128, 128 * 64 + 8, [&](int64_t, int thread, char* shared) {
+    auto* barrier = reinterpret_cast<uint64_t*>(shared + 128 * 64);
+    if (thread == 0) {
+      ptx::barrier_init(barrier, 1);
+      ptx::barrier_fence();
+    }
+    ptx::sync_threads();
+    if (thread == 0) {
+      ptx::barrier_arrive(barrier, 128 * 64);
+      ptx::bulk_copy(shared, given, 128 * 64, barrier, ptx::evict_normal());
+    }
+    ptx::barrier_wait(barrier, 0);
+    float d[32] = {};
+    uint32_t a[4] = {0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80};
+    ptx::product_fence();
+    ptx::product<Operand::kBf16>(d, a, swizzled::descriptor(ptx::shared_address(shared)));
+    if (early == 0) a[0] = a[1] = a[2] = a[3] = 0;
+    const float seen = d[0];
+    ptx::product_commit();
+    ptx::product_wait<0>();
+    right += (early == 0 ? d[0] : seen) == 16;
+  });
+  return error.empty() ? right / 128.0 : -1;
 }
 
 const char* run_faulty(const char* name, int64_t seed) {

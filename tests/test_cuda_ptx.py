@@ -30,13 +30,29 @@ BODIES = {
     "convert_bf16": r"F2FP\.BF16",
     "convert_fp16": r"F2FP\.(F16|PACK)",
 }
+# The same of ptx_sm90_bodies.cuh.
+SM90_BODIES = {
+    "product_bf16_64": "HGMMA.64x64x16.F32.BF16",
+    "product_bf16_96": "HGMMA.64x96x16.F32.BF16",
+    "product_bf16_128": "HGMMA.64x128x16.F32.BF16",
+    "product_fp16_64": "HGMMA.64x64x16.F32$",
+    "product_fp16_96": "HGMMA.64x96x16.F32$",
+    "product_fp16_128": "HGMMA.64x128x16.F32$",
+    "product_byte_64": "IGMMA.64x64x32.U8.U8",
+    "product_byte_96": "IGMMA.64x96x32.U8.U8",
+    "product_byte_128": "IGMMA.64x128x32.U8.U8",
+    "cluster": "UBLKCP.*MULTICAST",
+    "registers_bf16": "(HFMA2|HMUL2)(.MMA)?.BF16",
+    "registers_fp16": "MOVM.16.MT88",
+}
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     library = build_emulator("emulate_ptx", tmp_path_factory.mktemp("emulator"))
-    library.run_ptx.restype = library.run_faulty.restype = ctypes.c_char_p
-    library.share_of_copies_seen.restype = ctypes.c_double
+    for name in ("run_ptx", "run_ptx_sm90", "run_faulty", "run_faulty_product"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.share_of_copies_seen.restype = library.share_of_products_right.restype = ctypes.c_double
     return library
 
 
@@ -173,13 +189,122 @@ def test_host_versions_compute_what_the_instruction_does(emulator, name):
         check(emulator, emulator, name, seed)
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_fragments_of_warpgroups_are_those_of_the_ptx_manual(emulator, bits):
+    """The formulas of "Register Fragments" of wgmma.m64nNk16 and .m64nNk32: a warp holds 16 rows of A as for mma, and
+    of D eight columns after eight columns."""
+    per = 32 // bits
+    for warp, lane in itertools.product(range(4), range(32)):
+        for i in range(4 * per):
+            register = i // per
+            row = 16 * warp + lane // 4 + (8 if register % 2 else 0)
+            column = lane % 4 * per + i % per + (4 * per if register >= 2 else 0)
+            found = place(emulator, "a", bits, lane, i)
+            assert (16 * warp + found[0], found[1]) == (row, column)
+        for i in range(64):
+            row = 16 * warp + lane // 4 + (8 if i % 4 >= 2 else 0)
+            column = 8 * (i // 4) + lane % 4 * 2 + i % 2
+            found = place(emulator, "c", 16, lane, i % 4)
+            assert (16 * warp + found[0], 8 * (i // 4) + found[1]) == (row, column)
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [
+        (0, 0),
+        (16, 16),
+        (128, 144),
+        (128 + 16, 128),
+        (3 * 128 + 5, 3 * 128 + 48 + 5),
+        (7 * 128 + 112, 7 * 128),
+        (1024, 1024),
+    ],
+)
+def test_swizzle_golden(emulator, offset, expected):
+    """128-byte swizzle: bits 4 to 6 of an address, exclusive or bits 7 to 9."""
+    emulator.swizzled_place.restype = ctypes.c_int64
+    assert emulator.swizzled_place(ctypes.c_int64(offset)) == expected
+    assert expected == offset ^ (offset >> 7 & 7) << 4
+
+
+def test_descriptor_golden(emulator):
+    """Start address, leading and stride byte offset in units of 16 bytes at bits 0, 16 and 32; swizzle 1 at bit 62."""
+    emulator.descriptor.restype = ctypes.c_uint64
+    found = emulator.descriptor(ctypes.c_int64(0x12C00), ctypes.c_int64(96))
+    assert found == (0x12C00 + 96) // 16 | 1 << 16 | 1024 // 16 << 32 | 1 << 62
+
+
+def sm90_operands(name: str, seed: int) -> list[torch.Tensor]:
+    """a [128, 4], b [128, 8], c [128, 64] int32 for one body for sm_90a."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+    def halves(*shape: int) -> torch.Tensor:
+        dtype = torch.bfloat16 if "bf16" in name else torch.float16
+        values = torch.randint(-96, 97, (*shape[:-1], 2 * shape[-1]), generator=generator) / 8
+        return values.to(dtype).view(torch.int32)
+
+    if name.startswith("product_byte") or name == "cluster":
+        return [words(128, 4), words(128, 8), words(128, 64)]
+    floats = torch.randint(-99, 99, (128, 64), generator=generator) / 4
+    return [halves(128, 4), halves(128, 8), floats.float().view(torch.int32)]
+
+
+def expected_sm90(emulator, name: str, a, b, c) -> torch.Tensor:
+    d = torch.full((2, 128, 64), -1, dtype=torch.int32)
+    if name == "cluster":
+        d[:, :, :4] = a.flip(0) ^ b.view(-1, 4)[torch.arange(128) // 2, :1]
+    elif name.startswith("registers"):
+        dtype = torch.bfloat16 if name == "registers_bf16" else torch.float16
+        for warp in range(4):
+            rows = slice(32 * warp, 32 * warp + 32)
+            square = a[rows, 0].clone().view(dtype).view(8, 8)
+            d[:, rows, 0] = square.T.contiguous().view(torch.int32).flatten()
+        d[:, :, 1] = c[:, :2].contiguous().view(torch.float32).to(dtype).view(torch.int32)[:, 0]
+        value, high, low = (a[:, i].contiguous().view(dtype) for i in (1, 2, 3))
+        rest = (value.double() * low.double()).to(dtype)
+        d[:, :, 2] = (value.double() * high.double() + rest.double()).to(dtype).view(torch.int32)
+    else:
+        kind, tokens = name.split("_")[1], int(name.split("_")[2])
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "byte": torch.uint8}[kind]
+        sums = torch.int32 if kind == "byte" else torch.float32
+        depth = 32 if kind == "byte" else 16
+        columns = b.view(dtype)[:tokens].double()
+        for warp in range(4):
+            rows = slice(32 * warp, 32 * warp + 32)
+            exact = 2 * matrix(emulator, a[rows].contiguous(), "a", dtype, 16, depth) @ columns.T
+            before = c[rows].contiguous().view(sums)
+            for lane, i in itertools.product(range(32), range(tokens // 2)):
+                row, column = place(emulator, "c", 16, lane, i % 4)
+                value = exact[row, 8 * (i // 4) + column] + before[lane, i].double()
+                if sums == torch.int32:
+                    d[:, 32 * warp + lane, i] = (int(value) + 2**31) % 2**32 - 2**31
+                else:
+                    d[:, 32 * warp + lane, i] = value.float().view(torch.int32)
+    return d
+
+
+def check_sm90(emulator, library, name: str, seed: int) -> None:
+    given, d = sm90_operands(name, seed), torch.full((2, 128, 64), -1, dtype=torch.int32)
+    assert call(library.run_ptx_sm90, name, *given, d, seed) == ""
+    assert torch.equal(d, expected_sm90(emulator, name, *given)), name
+
+
+@pytest.mark.parametrize("name", SM90_BODIES)
+def test_host_versions_for_sm90_compute_what_the_instruction_does(emulator, name):
+    for seed in range(2):
+        check_sm90(emulator, emulator, name, seed)
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", known_archs())
 def test_wrappers_become_their_instruction(arch, tmp_path):
     library = tmp_path / "check_ptx.so"
     compile_cuda(ROOT / "tests" / "check_ptx.cu", library, arch, "-shared")
     found = instructions(library, arch)
-    for name, instruction in BODIES.items():
+    for name, instruction in (BODIES | (SM90_BODIES if arch == "90a" else {})).items():
         assert any(re.match(instruction, one) for one in found), (name, instruction, sorted(found))
 
 
@@ -187,12 +312,15 @@ def test_wrappers_become_their_instruction(arch, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 def test_a_gpu_computes_the_same(emulator, tmp_path):
     arch = "".join(map(str, torch.cuda.get_device_capability()))
+    arch += "a" if arch == "90" else ""
     library = tmp_path / "check_ptx.so"
     compile_cuda(ROOT / "tests" / "check_ptx.cu", library, arch, "-shared")
     device = ctypes.CDLL(str(library))
-    device.run_ptx.restype = ctypes.c_char_p
+    device.run_ptx.restype = device.run_ptx_sm90.restype = ctypes.c_char_p
     for name, seed in itertools.product(BODIES, SEEDS):
         check(emulator, device, name, seed)
+    for name, seed in itertools.product(SM90_BODIES if arch == "90a" else (), SEEDS):
+        check_sm90(emulator, device, name, seed)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +339,30 @@ def test_the_runner_sees_errors(emulator, name, message):
     for seed in SEEDS:
         found = call(emulator.run_faulty, name, seed)
         assert message in found and f"(seed {seed})" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", ""),
+        ("unfenced", "a product without a product_fence since the last commit"),
+        ("ordinary_write", "which no bulk copy wrote last"),
+        ("unwaited", "ended without a wait for its products"),
+        ("other_b", "a product of another B than that of its warpgroup"),
+        ("unfenced_barrier", "a barrier that is none yet, or was not fenced"),
+        ("unaligned_copy", "bytes at the unaligned byte 8 of shared memory"),
+    ],
+)
+def test_the_runner_sees_errors_of_products(emulator, name, message):
+    for seed in SEEDS:
+        found = call(emulator.run_faulty_product, name, seed)
+        assert message in found and (message != "") == (found != "")
+
+
+@pytest.mark.parametrize("early", [0, 1], ids=["an operand that changes", "sums that are read"])
+def test_registers_of_a_running_product_are_seen_half_of_the_time(emulator, early):
+    right = [emulator.share_of_products_right(ctypes.c_int64(early), ctypes.c_int64(seed)) for seed in range(40)]
+    assert 0.3 < sum(right) / len(right) < 0.7
 
 
 def test_copies_without_a_wait_are_seen_half_of_the_time(emulator):

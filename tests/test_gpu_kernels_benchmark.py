@@ -84,4 +84,29 @@ def test_the_model_is_no_faster_than_memory():
     assert cost.total >= 28672 * 4096 / 2 / gpu_model.H200.memory
     assert cost.total < gpu_model.bf16_cost(gpu_model.H200, 1, 28672, 4096)
     integer = gpu_model.integer_cost(gpu_model.H200, 2048, 28672, 4096, 4, True)
-    assert integer.limit == "tensor" and integer.total > integer.tensor
+    assert integer.limit == "l2" and integer.total > integer.tensor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instructions"),
+    [
+        ((4, False), 128 + 48),
+        ((4, True), 128 + 16),
+        ((3, False), 128 + 24 + 20),
+        ((8, False), 320),
+        ((2, True), 128 + 8),
+    ],
+)
+def test_instructions_of_the_expansion(arguments, instructions):
+    assert gpu_model.expand_instructions(*arguments) == instructions
+
+
+def test_the_model_of_sm90_counts_no_more_products_than_the_tensor_cores_make():
+    """112 shares of 256 x 64 on 132 SMs: the busiest one has one."""
+    cost = gpu_model.wna16_cost(gpu_model.H200, 64, 28672, 4096, 4, -1, False)
+    assert (cost.blocks, cost.splits, cost.blocks_per_processor) == (112, 1, 1)
+    cycles = 256 * 64 * 4096 / 2048
+    assert cycles < cost.tensor * gpu_model.H200.clock < 1.05 * cycles
+    # As many bytes as products in twice as many multiplications.
+    integer = gpu_model.integer_cost(gpu_model.H200, 128, 28672, 4096, 4, True)
+    assert cycles < integer.tensor * gpu_model.H200.clock < 1.1 * cycles

@@ -6,8 +6,9 @@
 
 #include "integer_gemm.cuh"
 #include "launch.h"
-#include "launch_on.h"
+#include "launch_on.cuh"
 #include "launch_sm80.cuh"
+#include "launch_sm90.h"
 #include "repack.cuh"
 #include "sm80_integer.cuh"
 #include "sm80_wna16.cuh"
@@ -93,6 +94,9 @@ std::vector<Gpu> all_gpus() {
     ask(&gpu.processors, cudaDevAttrMultiProcessorCount);
     if (!known) return {};
     gpu.arch = 10 * major + minor;
+#ifndef SLIDERQUANT_SM90A
+    if (gpu.arch == 90) gpu.arch = 89;  // a build without the kernels for sm_90a, which takes those for sm_80
+#endif
     gpus.push_back(gpu);
   }
   return gpus;
@@ -110,19 +114,29 @@ const Gpu& gpu(int device) {
 
 const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {
   if (!plan.tensor_cores) return launch<Wna16Kernel>(args, device, stream);
-  const Wna16Blocks blocks = {plan.splits, workspace};
+  const Wna16Blocks blocks = {plan.splits, workspace + plan.arranged};
+  if (plan.wgmma) {
+    const char* error = wna16_sm90(args, plan, workspace, gpu(device).processors, device, stream);
+    return error != nullptr ? error : launch_reduce<Wna16Reduce>(args, blocks, device, stream);
+  }
   return args.x_type == Float::kFp16 ? launch_wna16<Float::kFp16>(args, plan.tokens, blocks, device, stream)
                                      : launch_wna16<Float::kBf16>(args, plan.tokens, blocks, device, stream);
 }
 
 Plan plan(const Wna16& args, int device) {
-  return plan_wna16(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_WNA16"));
+  Plan found = plan_wna16(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_WNA16"));
+  if (found.wgmma) found.arranged = sm90_workspace(args).arranged();
+  return found;
 }
 
 const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* workspace, int device,
                          uintptr_t stream) {
   if (!plan.tensor_cores) return launch<IntegerGemmKernel>(args, device, stream);
-  const IntegerBlocks blocks = {plan.splits, workspace};
+  const IntegerBlocks blocks = {plan.splits, workspace + plan.arranged};
+  if (plan.wgmma) {
+    const char* error = integer_gemm_sm90(args, plan, workspace, gpu(device).processors, device, stream);
+    return error != nullptr ? error : launch_reduce<IntegerReduce>(args, blocks, device, stream);
+  }
   switch (args.bits) {
     case 2: return launch_integer<2>(args, plan.tokens, blocks, device, stream);
     case 3: return launch_integer<3>(args, plan.tokens, blocks, device, stream);
@@ -132,7 +146,9 @@ const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* wo
 }
 
 Plan plan(const IntegerGemm& args, int device) {
-  return plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
+  Plan found = plan_integer(args.m, args.n, args.k, args.bits, gpu(device), std::getenv("SLIDERQUANT_CUDA_INTEGER"));
+  if (found.wgmma) found.arranged = sm90_workspace(args).arranged();
+  return found;
 }
 
 const char* repack(const Repack& args, int device, uintptr_t stream) {

@@ -33,7 +33,7 @@ Plan plan_grouped(const IntegerGemm&, int64_t experts, int device);
 
 // 32-bit elements of workspace that the product needs, uninitialized.
 inline int64_t workspace_size(const Plan& plan, int64_t m, int64_t n) {
-  return plan.splits > 1 ? plan.splits * m * n : 0;
+  return plan.arranged + (plan.splits > 1 ? plan.splits * m * n : 0);
 }
 
 }  // namespace sliderquant::cuda

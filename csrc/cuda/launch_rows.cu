@@ -1,6 +1,6 @@
 // Launches the kernels of rows.cuh.
 #include "launch.h"
-#include "launch_on.h"
+#include "launch_on.cuh"
 #include "rows.cuh"
 
 namespace sliderquant::cuda {

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "launch_on.h"
+#include "launch_on.cuh"
 
 namespace sliderquant::cuda {
 
@@ -27,20 +27,11 @@ template <class Kernel, class Reduce, class Args, class Blocks>
 const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   const auto kernel = run_sm80<Kernel, Args, Blocks>;
-  // More shared memory than by default has to be asked for, once per device.
   static std::atomic<uint64_t> asked{0};
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   cudaError_t error = cudaSuccess;
   const char* launched = launch_on(device, [&] {
-    if ((asked.load() & bit) == 0) {
-      const auto ask = [&](cudaFuncAttribute attribute, int value) {
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
-      };
-      ask(cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-      ask(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
-      if (error != cudaSuccess) return;
-      asked |= bit;
-    }
+    error = ask_for_shared(kernel, Kernel::kSharedBytes, device, asked);
+    if (error != cudaSuccess) return;
     const auto grid = static_cast<unsigned>(Kernel::blocks(args, blocks.splits));
     kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, on>>>(args, blocks);
     if (blocks.splits > 1) {
@@ -49,6 +40,16 @@ const char* launch_sm80(const Args& args, const Blocks& blocks, int device, uint
     }
   });
   return error == cudaSuccess ? launched : cudaGetErrorString(error);
+}
+
+// The sums that blocks of an sm90_* kernel left, behind it.
+template <class Reduce, class Args, class Blocks>
+const char* launch_reduce(const Args& args, const Blocks& blocks, int device, uintptr_t stream) {
+  if (blocks.splits == 1) return nullptr;
+  return launch_on(device, [&] {
+    const auto reducing = static_cast<unsigned>(Reduce::blocks(args));
+    run_reduce<Reduce><<<reducing, Reduce::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args, blocks);
+  });
 }
 
 }  // namespace sliderquant::cuda

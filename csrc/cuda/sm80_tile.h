@@ -41,8 +41,12 @@ struct Sm80Tile {
   SLIDERQUANT_HOST_DEVICE constexpr int stages() const {
     return kSharedBudget / stage_bytes() < 6 ? kSharedBudget / stage_bytes() : 6;
   }
-  // In bytes that memory delivers in the same time: expansion and products take no longer.
-  SLIDERQUANT_HOST_DEVICE constexpr int stage_cost() const { return stage_bytes(); }
+  // In bytes that memory delivers in the same time: those of a stage, or its products, 31 bytes each on an H200 by the
+  // model of benchmarks/gpu_model.py.
+  SLIDERQUANT_HOST_DEVICE constexpr int stage_cost() const {
+    const int products = kWarps * chunks() * kPanels * (layout::gpu::kChunkCodes / 16) * tiles;
+    return stage_bytes() > 31 * products ? stage_bytes() : 31 * products;
+  }
 
   // Sums of the warps, in fp32, after the last stage; four channels apart, so that a warp writes to different banks.
   SLIDERQUANT_HOST_DEVICE constexpr int sum_stride() const { return rows() + 4; }

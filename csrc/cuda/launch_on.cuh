@@ -1,7 +1,10 @@
-// How every launcher enqueues work on a device, and reports what CUDA says about it.
+// What every launch goes through.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
 
 namespace sliderquant::cuda {
 
@@ -38,6 +41,20 @@ const char* launch_on(int device, const Launch& enqueue) {
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// More shared memory than by default has to be asked for, once per device; `asked` remembers where that was done.
+template <class Kernel>
+cudaError_t ask_for_shared(Kernel kernel, int bytes, int device, std::atomic<uint64_t>& asked) {
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((asked.load() & bit) != 0) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);  // for several blocks
+  }
+  if (error == cudaSuccess) asked |= bit;
+  return error;
 }
 
 }  // namespace sliderquant::cuda
