@@ -34,8 +34,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 # Of each source, instructions that the machine code must hold: tensor cores, asynchronous copies past the registers,
-# whole vectors of a row. On sm_90a launch_sm90.cu has products of warpgroups that read A from registers, bulk copies and
-# copies to a cluster.
+# whole vectors of a row. On sm_90a launch_sm90.cu has products of warpgroups that read A from registers, and bulk
+# copies, to a cluster too.
 TENSOR_CORES = ("HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.U8.U8", "LDGSTS.E.BYPASS")
 HELD = {
     "launch.cu": TENSOR_CORES,

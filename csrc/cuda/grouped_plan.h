@@ -29,6 +29,7 @@ Plan plan_grouped(const char* op, Plan plan, int64_t m, int64_t n, int64_t k, in
   if (!plan.tensor_cores) {
     throw std::runtime_error(std::string(op) + ": has no plain kernel, and needs a GPU of sm_80 or later");
   }
+  if (plan.wgmma) throw std::runtime_error(std::string(op) + ": has no kernel for sm_90a of its own; ask for sm80");
   if (plan.tokens == 0) plan.tokens = grouped_tokens(m, experts, most);
   const int64_t slots = grouped_slots(m, experts, plan.tokens) - 1;
   return with_splits(plan, make_tile(plan.tokens), slots * plan.tokens, n, k, gpu);
