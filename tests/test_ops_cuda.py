@@ -295,7 +295,7 @@ def stacked_on_gpu(parts) -> list:
 
 @pytest.mark.parametrize("kernel", ["", "sm80:tokens=8:splits=3", "sm80:tokens=32", "sm80:tokens=64:splits=2"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_wna16_gemm_grouped(monkeypatch, bits, kernel):
+def test_wna16_gemm_grouped_on_odd_shapes(monkeypatch, bits, kernel):
     monkeypatch.setenv("SLIDERQUANT_CUDA_WNA16", kernel)
     for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
         weights = [random_weight(n, k, bits, 64, symmetric=False, seed=seed) for seed in range(4)]
@@ -316,7 +316,7 @@ def test_wna16_gemm_grouped(monkeypatch, bits, kernel):
 
 @pytest.mark.parametrize("kernel", INTEGER_KERNELS[:1] + INTEGER_KERNELS[2:])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_w4a4_gemm_grouped(monkeypatch, bits, kernel):
+def test_w4a4_gemm_grouped_on_odd_shapes(monkeypatch, bits, kernel):
     monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", kernel)
     for (loads, rest), (n, k) in itertools.product(SPREADS, ((130, 256), (768, 2048))):
         weights = [random_weight(n, k, bits, -1, symmetric=False, seed=seed) for seed in range(4)]

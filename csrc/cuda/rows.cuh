@@ -410,14 +410,14 @@ class RowKernel {
   }
 
   // The butterflies that are left, between values of the same place in kSize neighbouring warps' runs: a column, which
-  // a thread takes from shared memory whole.
+  // a thread takes from shared memory whole. What a thread writes there first and reads last is its own, so the next
+  // values that come the same way need not wait.
   template <int kSize>
   SLIDERQUANT_DEVICE void transform_columns() {
     if constexpr (kSize <= kHeld) {
       static_assert(kHeld % kSize == 0, "a thread must take whole columns");
 #pragma unroll
       for (int first = 0; first < kRuns; first += kExchanged) {
-        if (first > 0) ptx::sync_threads();
 #pragma unroll
         for (int v = 0; v < kExchanged; ++v) {
 #pragma unroll
@@ -458,8 +458,6 @@ class RowKernel {
           }
         }
       }
-      // Before the next part of the row comes the same way.
-      ptx::sync_threads();
     }
   }
 
