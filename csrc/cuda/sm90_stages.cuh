@@ -53,6 +53,7 @@ class Sm90Stages {
   static constexpr int kPanelBytes = kTile.panel_bytes();
   static constexpr int kParts = Sm90Tile::kParts;
   static constexpr int kSums = kTile.tokens() / 2;  // of a thread, per part
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kSteps = layout::kBlockCodes * kTile.element_bytes / swizzled::kDepthBytes;  // of a block
 
   static_assert(Sm90Tile::kRowBytes == swizzled::kRowBytes, "a column of the image must be a row of the swizzle");
@@ -65,7 +66,6 @@ class Sm90Stages {
   static_assert(Sm90Tile::kPanels + kTile.columns() <= kWarp, "each copy of a stage must have a lane of its own");
   static_assert(kTile.tokens() / Sm90Tile::kCluster % swizzled::kAtomRows == 0, "blocks must fetch whole atoms");
   static_assert(kStages >= 2, "copies must run while the warps compute");
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168,
                 "three warpgroups must not have more registers than those that the grid begins with");
   static_assert(kThreads == 3 * 4 * kWarp, "registers go from one warpgroup to two");
@@ -154,8 +154,7 @@ class Sm90Stages {
       sh_wr = column * kTile.column_bytes() + row0 * swizzled::kRowBytes;
     }
     // Weights that no other block needs are the first to go.
-    const uint64_t policy =
-        of_weights && a.m <= kTile.tokens() ? ptx::evict_first() : ptx::evict_normal();
+    const uint64_t policy = of_weights && a.m <= kTile.tokens() ? ptx::evict_first() : ptx::evict_normal();
     // The image is made by the grid ahead; weights were there before.
     bool wait_for_image = first && of_tokens;
 #pragma unroll 1

@@ -9,7 +9,7 @@
 namespace sliderquant::cuda {
 
 struct Sm90Tile {
-  static constexpr int kConsumers = 8;  // warps, two warpgroups; of a third one, which gives up registers, one produces
+  static constexpr int kConsumers = 8;  // warps, two warpgroups; of a third one, which gives up registers, one copies
   static constexpr int kThreads = 3 * 128;
   static constexpr int kParts = 2;      // of 64 channels, per warpgroup
   static constexpr int kCluster = 2;    // blocks side by side along the channels, which fetch their tokens once
@@ -44,9 +44,10 @@ struct Sm90Tile {
   }
   // Of a stage, that a block fetches itself.
   SLIDERQUANT_HOST_DEVICE constexpr int fetched_bytes() const { return weight_bytes() + x_bytes() / kCluster; }
-  // That the tensor cores of an SM multiply at the data sheet's rate.
+  // Of the tensor cores of an SM for a stage, at the data sheet's rate: 2048 products of 16 bits each, or twice as many
+  // of bytes.
   SLIDERQUANT_HOST_DEVICE constexpr int stage_cycles() const {
-    return kRows * tokens() / (2048 / element_bytes * 2 / layout::gpu::kChunkCodes);
+    return kRows * tokens() * layout::gpu::kChunkCodes / (2048 * 2 / element_bytes);
   }
 
   // The stages, and behind them two barriers for each.
