@@ -185,7 +185,8 @@ class _Bench:
                 if recipe.scale_start == "awq":
                     start += len(EXPONENTS) * (search / len(SHRINKS) + token * rows)
                 if recipe.dual_scale and path in layout.writers[1:]:
-                    start += ROUNDS * (search + factor(columns) + 6 * token * rows)
+                    factors = 2 if recipe.rounding_start == "gptq" else 1
+                    start += ROUNDS * (search + codes + factors * factor(columns) + 6 * token * rows)
         return statistics, start
 
     def moment(self, columns: int) -> tuple[float, float]:

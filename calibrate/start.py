@@ -161,7 +161,7 @@ def _start_scale(block: CalibrationBlock, pair: str, sites: list[tuple[Site, Inp
     scale = None
     if recipe.dual_scale and sites[0][0].linears[0] in (mlp.down for mlp in block.layout.mlps):
         ((linear, seen),) = linears
-        scale = 1 / dual_scale(linear.weight, seen.moment, partial(_nearest, linear, seen.moment.diagonal(), recipe))
+        scale = 1 / dual_scale(linear.weight, seen.moment, partial(_rounded, linear.scheme.weights, recipe))
     elif recipe.scale_start == "awq":
         scale = awq_scale([(linear.weight, seen.moment, linear.scheme.weights) for linear, seen in linears])
     elif recipe.scale_start == "smoothquant":
@@ -199,11 +199,12 @@ def _start_linear(
         linear.offset.copy_((moved / torch.where(step > 0, step, 1).unsqueeze(2)).flatten(1))
 
 
-def _nearest(linear: CalibrationLinear, importance: Tensor, recipe: Recipe, weight: Tensor) -> Tensor:
-    """A weight of a linear rounded to nearest, over the range that it starts with."""
-    scheme = linear.scheme.weights
+def _rounded(scheme: WeightScheme, recipe: Recipe, weight: Tensor, moment: Tensor) -> Tensor:
+    """What a weight [N, K] becomes that meets inputs of this second moment: the recipe's range and codes."""
     searched = recipe.range_start == "search"
-    bounds = search_bounds(weight, importance, scheme) if searched else weight_bounds(weight, scheme)
+    bounds = search_bounds(weight, moment.diagonal(), scheme) if searched else weight_bounds(weight, scheme)
+    if recipe.rounding_start == "gptq":
+        weight = compensated_weight(weight, bounds, factorize(moment), scheme)
     return fake_quantize_weight(weight, bounds, scheme, weight.shape[1])
 
 

@@ -12,7 +12,7 @@ from calibrate.methods import gptq
 from calibrate.parallel import Share, add_up
 from sliderquant_vllm.format import LinearScheme
 
-ROUNDS = 10
+ROUNDS = 6
 RIDGE = 1e-2
 LIMITS = (0.25, 4.0)
 
@@ -22,7 +22,7 @@ def settings(scheme: LinearScheme) -> dict:
     return gptq.settings(scheme) | {"dual_scale": True, "correction": scheme.activations is None}
 
 
-def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Tensor], Tensor]) -> Tensor:
+def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The scale c of W ~ Q(W diag(1/c)) diag(c), alternating between codes and least squares.
 
     Given the dequantized codes V, c minimises tr((W - V diag c) H (W - V diag c)^T), that is it solves
@@ -32,7 +32,7 @@ def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Te
     Args:
         weight: fp32 [N, K].
         second_moment: H [K, K], up to a factor.
-        round_weight: the quantizer Q, fp32 [N, K] -> fp32 [N, K].
+        round_weight: the quantizer Q: a weight fp32 [N, K] and the second moment of what it meets -> fp32 [N, K].
 
     Returns:
         fp32 [K].
@@ -41,7 +41,7 @@ def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Te
     scale = torch.ones_like(weight[0])
     best, least = scale, torch.inf
     for _ in range(ROUNDS):
-        values = round_weight(weight / scale).double()
+        values = round_weight(weight / scale, second_moment * scale * scale.unsqueeze(1)).double()
         difference = values * scale - weight
         error = ((difference @ moment) * difference).sum().item()
         if error < least:
@@ -49,11 +49,11 @@ def dual_scale(weight: Tensor, second_moment: Tensor, round_weight: Callable[[Te
         system = (values.T @ values) * moment
         right = ((weight.double().T @ values) * moment).sum(0)
         ridge = RIDGE * system.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        energy = system.diagonal().clone()
         system.diagonal().add_(ridge)
+        fitted = torch.linalg.solve(system, right + ridge * scale).clamp(*LIMITS)
         # Least squares shrinks towards 0 what it cannot fit; the output's magnitude has to stay.
-        energy = system.diagonal() - ridge
-        scale = torch.linalg.solve(system, right + ridge * scale).clamp(*LIMITS)
-        scale = (scale * energy.sum() / (scale * energy).sum()).float()
+        scale = (fitted * (scale * energy).sum() / (fitted * energy).sum()).float()
     return best
 
 

@@ -36,7 +36,7 @@ def settings(scheme: LinearScheme, preset: str = "default") -> dict:
         return best
     tuned = best | {"end_to_end_epochs": 3, "learn_norms": True, "online_hadamard": True}
     if scheme.weights.bits > 3:
-        return tuned | {"epochs": 1, "end_to_end_epochs": 1}
+        return tuned | {"epochs": 1, "end_to_end_epochs": 5}
     return tuned | {"lr_end_to_end": 1.3 if scheme.weights.bits == 2 else 1.0}
 
 
