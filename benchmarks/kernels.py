@@ -85,7 +85,8 @@ def measure(args: argparse.Namespace) -> dict:
     isa = ops.host().isa() if ops.is_native("cpu") else "none: the pure-torch references"
     result = {"threads": threads, "isa": isa, "torch": torch.__version__, "rows": [], "absent": {}}
     for n, k in args.shapes:
-        problem, contenders = Problem(n, k, 4 * last_level_cache_bytes()), []
+        # Contenders take turns: between two calls with one copy the copies of all of them are read.
+        problem, contenders = Problem(n, k, last_level_cache_bytes()), []
         for name, build in BUILDERS.items():
             try:
                 contenders.append(build(problem))

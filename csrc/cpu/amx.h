@@ -22,7 +22,7 @@ constexpr int kRowBytes = 64;
 static_assert(kRowBytes == layout::kVectorRows * 4, "a row of weights or sums in a tile is one register of channels");
 
 // A step of the loop over k is one row of a tokens' tile: 64 codes or 32 values of 16 bits.
-constexpr int64_t kPanelBytes = layout::kPanelRows * 4;  // from one row of an expanded panel, or of its sums, to the next
+constexpr int64_t kPanelBytes = layout::kPanelRows * 4;  // from a row of an expanded panel, or of its sums, to the next
 constexpr int64_t kStepWords = kTileRows * layout::kPanelRows;  // of an expanded panel
 
 // Eight registers: a block of 2 x 2 sums meets two tiles of tokens and two of weights, so that each tile that is
@@ -32,7 +32,8 @@ enum Tile { kSum00, kSum01, kSum10, kSum11, kTokens0, kTokens1, kWeights0, kWeig
 // Tokens in nearly equal tiles of at most 16, with rows of zeros behind the last ones.
 struct TokenTiles {
   int64_t count, rows;
-  explicit TokenTiles(int64_t tokens) : count((tokens + kTileRows - 1) / kTileRows), rows((tokens + count - 1) / count) {}
+  explicit TokenTiles(int64_t tokens)
+      : count((tokens + kTileRows - 1) / kTileRows), rows((tokens + count - 1) / count) {}
   int64_t tokens() const { return count * rows; }
   int64_t blocks() const { return (count + 1) / 2; }
 };
@@ -152,7 +153,8 @@ struct PackedTokens {
   }
   int64_t tile(int64_t before, int64_t steps, int64_t step, int64_t tile, int term) const {
     const int64_t together = tile / 2 * 2 + 1 < tiles.count ? 2 : 1;
-    return block(before, steps, tile / 2) + (step * together * terms + term * together + tile % 2) * tiles.rows * kRowBytes;
+    const int64_t within = (step * terms + term) * together + tile % 2;
+    return block(before, steps, tile / 2) + within * tiles.rows * kRowBytes;
   }
 };
 
@@ -182,7 +184,8 @@ class Next {
 
 // The order of the panels [begin, end): `sharing` of them meet a chunk of the tokens while that is in L2.
 struct Walk {
-  int64_t begin, end, sharing, k_count, chunk;  // input channels, and how many are expanded at a time
+  int64_t begin, end, sharing;
+  int64_t k_count, chunk;  // input channels, and how many are expanded at a time
 
   struct Position {
     int64_t first, panel, k;  // first panel of those that share

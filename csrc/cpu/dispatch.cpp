@@ -13,30 +13,29 @@
 namespace sliderquant::cpu {
 namespace {
 
-#define SLIDERQUANT_ROW(isa)                                                                                    \
-  {                                                                                                             \
-#isa, {                                                                                                     \
-      isa::wna16, isa::quantize, isa::rms_norm_quantize, isa::silu_mul_quantize, isa::hadamard,                 \
-          isa::integer_gemm, isa::repack, isa::column_sums, isa::fake_quantize, isa::fake_quantize_backward     \
-    }                                                                                                           \
+#define SLIDERQUANT_OF(isa)                                                                                    \
+  Kernels {                                                                                                    \
+    isa::wna16, isa::quantize, isa::rms_norm_quantize, isa::silu_mul_quantize, isa::hadamard,                  \
+        isa::integer_gemm, isa::repack, isa::column_sums, isa::fake_quantize, isa::fake_quantize_backward      \
   }
 #ifdef SLIDERQUANT_X86
-const Kernels kAmx = {
-    amx::wna16,     avx512::quantize,    avx512::hadamard,      amx::integer_gemm,
-    avx512::repack, avx512::column_sums, avx512::fake_quantize, avx512::fake_quantize_backward,
-};
+Kernels with_tiles(Kernels kernels) {
+  kernels.wna16 = amx::wna16;
+  kernels.integer_gemm = amx::integer_gemm;
+  return kernels;
+}
 #endif
 
 const std::pair<const char*, Kernels> kTable[] = {
 #ifdef SLIDERQUANT_X86
-    {"amx", kAmx},
-    SLIDERQUANT_ROW(avx512),
-    SLIDERQUANT_ROW(avx512f),
-    SLIDERQUANT_ROW(avx2),
+    {"amx", with_tiles(SLIDERQUANT_OF(avx512))},
+    {"avx512", SLIDERQUANT_OF(avx512)},
+    {"avx512f", SLIDERQUANT_OF(avx512f)},
+    {"avx2", SLIDERQUANT_OF(avx2)},
 #endif
-    SLIDERQUANT_ROW(portable),
+    {"portable", SLIDERQUANT_OF(portable)},
 };
-#undef SLIDERQUANT_ROW
+#undef SLIDERQUANT_OF
 
 const Kernels* find(const std::string& isa) {
   return &std::find_if(std::begin(kTable), std::end(kTable), [&](const auto& row) { return row.first == isa; })->second;

@@ -1,4 +1,5 @@
-// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps and tdpbf16ps. Included by files compiled for AVX512 only.
+// From packed codes (layout kPairs) to pairs of bf16 for vdpbf16ps and tdpbf16ps. Included by files compiled for AVX512
+// only.
 #pragma once
 
 #include <immintrin.h>
