@@ -79,7 +79,7 @@ $(PROJECT): $(ENVIRONMENT) pyproject.toml $(NATIVE)
 	@touch $@
 
 test: lint ## lint, then all tests; ARGS goes to pytest
-	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
 
 lint: $(PROJECT) ## ruff check and format check
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from calibrate.transforms import (
     hadamard_block_size,
     rotate_block,
 )
+from sliderquant_vllm import references
 from sliderquant_vllm.format import (
     FUSED_MODULES,
     FormatError,
@@ -38,7 +39,6 @@ from sliderquant_vllm.format import (
     QuantizationConfig,
     matches,
 )
-from sliderquant_vllm.ops import hadamard_reference
 from sliderquant_vllm.shards import Reader
 
 OUTER_ROWS = 8192  # of embedding and lm_head that are rotated at a time
@@ -269,7 +269,7 @@ class Model:
         hadamard = {path: size for path, size in self.online_hadamard.items() if schemes.get(path)}
         for path, size in hadamard.items():
             weight = tensors[f"{path}.weight"]
-            tensors[f"{path}.weight"] = hadamard_reference(weight.double(), size).to(weight.dtype)
+            tensors[f"{path}.weight"] = references.hadamard(weight.double(), size).to(weight.dtype)
         layer = _materialise(layer, tensors)
         seed = self.recipe.seed * 100_003 + index
         return CalibrationBlock(layer, layout, prefix[:-1], schemes, self.recipe, seed, hadamard)

@@ -1,7 +1,7 @@
-"""Python face of the native ops: loading, shapes for torch.compile, and a pure-torch reference of each.
+"""Python face of the native ops: loading them, and shapes for torch.compile.
 
 All ops live in the namespace ``sliderquant`` and have one schema on every device. Without the native library
-the references are registered under the same names, so callers never ask which of the two runs.
+those of ``references`` are registered under the same names, so callers never ask which of the two runs.
 
 Tensors at this boundary (M tokens, N output channels, K input channels, G groups):
     x        bf16 or fp16 [M, K], unit stride along K
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from sliderquant_vllm import references
 from sliderquant_vllm.packing import unpack_codes
 
 logger = logging.getLogger(__name__)
@@ -46,8 +45,6 @@ SCHEMAS = {
 
 CPU_OPS = ("repack", "column_sums", "fake_quantize_weight", "fake_quantize_weight_backward")
 
-ERROR_ONE = 1 << 14  # one step of the grid in an error of fake_quantize_weight
-
 _library: torch.library.Library | None = None
 _reference_keys: set[str] = set()
 
@@ -62,21 +59,12 @@ def load() -> None:
     global _library
     if _library is not None:
         return
-    references = {
-        "wna16_gemm": wna16_gemm_reference,
-        "quantize_per_token": quantize_per_token_reference,
-        "rms_norm_quantize": rms_norm_quantize_reference,
-        "silu_mul_quantize": silu_mul_quantize_reference,
-        "hadamard": hadamard_reference,
-        "w4a4_gemm": w4a4_gemm_reference,
-        "wna16_gemm_grouped": wna16_gemm_grouped_reference,
-        "w4a4_gemm_grouped": w4a4_gemm_grouped_reference,
-    }
+    serving = {name: getattr(references, name) for name in SCHEMAS}
     native = Path(__file__).parent / "_C.abi3.so"
     if native.exists() and os.environ.get("SLIDERQUANT_NATIVE", "1") != "0":
         host().isa()  # a wrong SLIDERQUANT_ISA fails here, not in the first forward pass
         torch.ops.load_library(str(native))
-        if missing := [name for name in (*references, *CPU_OPS) if not _has_kernel(name, "CPU")]:
+        if missing := [name for name in (*SCHEMAS, *CPU_OPS) if not _has_kernel(name, "CPU")]:
             raise RuntimeError(
                 f"{native}: expected CPU kernels of every op, found none of {', '.join(missing)}; it is older than the "
                 "Python code: build it again with 'pip install --no-build-isolation -e .'"
@@ -89,7 +77,7 @@ def load() -> None:
     for key in ("CPU", "CUDA"):
         if not _has_kernel("wna16_gemm", key):
             _reference_keys.add(key)
-        for name, reference in references.items():
+        for name, reference in serving.items():
             if not _has_kernel(name, key):
                 library.impl(name, reference, key)
     for name, fake in _FAKES.items():
@@ -161,11 +149,11 @@ def fake_quantize_weight(
 
     Returns:
         fp32 [N, K], and int16 [N, K] for ``fake_quantize_weight_backward``: how far each weight was moved, in steps of
-        the grid and as far as one, times ERROR_ONE.
+        the grid and as far as one, times references.ERROR_ONE.
     """
     if is_native("cpu") and weight.device.type == "cpu":
         return torch.ops.sliderquant.fake_quantize_weight(weight.contiguous(), scale, zero, max_code)
-    return fake_quantize_weight_reference(weight, scale, zero, max_code)
+    return references.fake_quantize_weight(weight, scale, zero, max_code)
 
 
 def fake_quantize_weight_backward(
@@ -182,7 +170,7 @@ def fake_quantize_weight_backward(
     """
     if is_native("cpu") and grad.device.type == "cpu":
         return torch.ops.sliderquant.fake_quantize_weight_backward(grad.contiguous(), error, groups)
-    return fake_quantize_weight_backward_reference(grad, error, groups)
+    return references.fake_quantize_weight_backward(grad, error, groups)
 
 
 def wna16_gemm(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
@@ -298,127 +286,6 @@ def w4a4_gemm_grouped(
     return torch.ops.sliderquant.w4a4_gemm_grouped(
         codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits, out_dtype
     )
-
-
-def wna16_gemm_reference(x, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
-    codes = unpack_codes(w_packed, bits).to(torch.float32).unflatten(1, (scale.shape[0], -1))
-    zero_point = 2 ** (bits - 1) if zero is None else zero.T.to(torch.float32).unsqueeze(-1)
-    weight = ((codes - zero_point) * scale.T.unsqueeze(-1)).flatten(1)
-    y = x.to(torch.float32) @ weight.T
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def quantize_per_token_reference(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
-    x = x.to(torch.float32)
-    if block_size > 1:
-        x = hadamard_reference(x, block_size)
-    max_code = 2**bits - 1
-    if symmetric:
-        scale = x.abs().amax(1) / (2 ** (bits - 1) - 1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero = torch.full_like(scale, 2 ** (bits - 1))
-    else:
-        low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
-        scale = (high - low) / max_code
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero = torch.round(-low / scale)
-    codes = (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, max_code)
-    return codes.to(torch.uint8), scale, zero.to(torch.int32), codes.sum(1).to(torch.int32)
-
-
-def rms_norm_quantize_reference(
-    x, residual, weight, epsilon: float, bits: int, symmetric: bool, block_size: int = 1
-) -> tuple[torch.Tensor, ...]:
-    wide, total = x.to(torch.float32), x.new_empty(0, x.shape[1])
-    if residual is not None:
-        wide = wide + residual
-        total = wide.to(x.dtype)
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
-    return *quantize_per_token_reference(normed, bits, symmetric, block_size), total
-
-
-def silu_mul_quantize_reference(x, bits: int, symmetric: bool, block_size: int = 1) -> tuple[torch.Tensor, ...]:
-    gate, up = x.chunk(2, -1)
-    return quantize_per_token_reference(torch.nn.functional.silu(gate) * up, bits, symmetric, block_size)
-
-
-def hadamard_reference(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """``hadamard``, differentiable in x; fp64 stays fp64."""
-    if block_size < 1 or block_size & (block_size - 1) or x.shape[-1] % block_size:
-        raise RuntimeError(
-            f"hadamard: block_size: expected a power of 2 that divides K={x.shape[-1]}; got {block_size}"
-        )
-    blocks = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, block_size))
-    # H of b*c is the Kronecker product of those of b and c. Two small products beat one large from 128 channels on, and
-    # butterflies everywhere (measured on x86). Entries stay 1 and -1, which every arithmetic multiplies exactly.
-    power = block_size.bit_length() - 1
-    outer = 1 if block_size <= 64 else 2 ** (power // 2)
-    inner = block_size // outer
-    y = blocks.unflatten(-1, (outer, inner)) @ sylvester_matrix(inner, blocks.dtype, x.device)
-    if outer > 1:
-        y = sylvester_matrix(outer, blocks.dtype, x.device) @ y
-    return (y * block_size**-0.5).flatten(-3).to(x.dtype)
-
-
-@functools.cache
-def sylvester_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The Hadamard matrix of Sylvester's construction, entries 1 and -1: [size, size], size a power of 2."""
-    # Made under inference mode and kept, it could serve no calibration later in the same process.
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=dtype, device=device)
-        while len(matrix) < size:
-            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
-
-
-def w4a4_gemm_reference(
-    codes, sa, za, row_sum, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
-) -> torch.Tensor:
-    weight = unpack_codes(w_packed, weight_bits)
-    # Every product and partial sum stays below 2**53, so float64 adds integers exactly and at BLAS speed.
-    a, za, row_sum = codes.double(), za.double()[:, None], row_sum.double()[:, None]
-    zw = torch.full_like(sw, 2 ** (weight_bits - 1)).double() if zw is None else zw.double()
-    exact = a @ weight.double().T - za * col_sum.double() - zw * row_sum + codes.shape[1] * za * zw
-    y = exact.float() * (sa[:, None] * sw)
-    return (y if bias is None else y + bias).to(out_dtype)
-
-
-def wna16_gemm_grouped_reference(x, offsets, w_packed, scale, zero, bias, bits: int, group_size: int) -> torch.Tensor:
-    product = functools.partial(wna16_gemm, bits=bits, group_size=group_size)
-    y = x.new_zeros(x.shape[0], scale.shape[-1])
-    return _by_expert(product, (x,), offsets, (w_packed, scale, zero, bias), y)
-
-
-def w4a4_gemm_grouped_reference(
-    codes, sa, za, row_sum, offsets, w_packed, sw, zw, col_sum, bias, weight_bits: int, out_dtype
-) -> torch.Tensor:
-    product = functools.partial(w4a4_gemm, weight_bits=weight_bits, out_dtype=out_dtype)
-    y = sw.new_zeros(codes.shape[0], sw.shape[-1], dtype=out_dtype)
-    return _by_expert(product, (codes, sa, za, row_sum), offsets, (w_packed, sw, zw, col_sum, bias), y)
-
-
-def _by_expert(product: Callable, tokens: tuple, offsets: torch.Tensor, weights: tuple, y: torch.Tensor):
-    """One product per expert that has tokens, by whatever serves that op here."""
-    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        if begin < end:
-            own = (None if weight is None else weight[expert] for weight in weights)
-            y[begin:end] = product(*(rows[begin:end] for rows in tokens), *own)
-    return y
-
-
-def fake_quantize_weight_reference(weight, scale, zero, max_code: int) -> tuple[torch.Tensor, torch.Tensor]:
-    grouped, scale, zero = weight.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(2), zero.unsqueeze(2)
-    position = grouped / scale + zero
-    code = position.round().clamp_(0, max_code)
-    error = torch.sub(code, position, out=position).clamp_(-1, 1).mul_(ERROR_ONE).round_()
-    return code.sub_(zero).mul_(scale).flatten(1), error.to(torch.int16).flatten(1)
-
-
-def fake_quantize_weight_backward_reference(grad, error, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    above, below = error < -ERROR_ONE // 2, error > ERROR_ONE // 2
-    inside = grad.masked_fill(above | below, 0)
-    parts = (grad * above, grad * below, inside * error / ERROR_ONE)
-    return inside, torch.stack([part.unflatten(1, (groups, -1)).sum(2) for part in parts])
 
 
 def _fake_wna16_gemm(x, w_packed, scale, zero, bias, bits, group_size):

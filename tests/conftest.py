@@ -1,6 +1,5 @@
 import ctypes
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,16 +7,21 @@ import torch
 from sliderquant_vllm import ops
 from tests.native import LIBRARY
 
+ENGINES = "tests/serving/"
 ISAS = ("portable", "avx2", "avx512f", "avx512", "amx")
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Of several test processes one runs all tests of a file, which share what they prepare, and one starts engines."""
-    if config.pluginmanager.hasplugin("xdist"):
-        engines = Path(__file__).parent / "serving"
-        for item in items:
-            together = engines if engines in item.path.parents else item.path
-            item.add_marker(pytest.mark.xdist_group(str(together.relative_to(config.rootpath))))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return ENGINES if file.startswith(ENGINES) else file
+
+    return ByFile(config, log)
 
 
 def select_isa(name: str) -> bool:

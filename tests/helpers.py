@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from sliderquant_vllm.checkpoint import read_config, staging_directory
 from sliderquant_vllm.format import (
     ActivationScheme,
@@ -83,7 +83,7 @@ def write_rtn_checkpoint(
                 yield name, tensor
                 continue
             if scheme.hadamard_block_size is not None:
-                tensor = ops.hadamard_reference(tensor.float(), scheme.hadamard_block_size)
+                tensor = references.hadamard(tensor.float(), scheme.hadamard_block_size)
             codes, scale, zero_point = round_to_nearest(tensor, scheme.weights)
             packed = pack_linear(codes, scale.to(scale_dtype), zero_point, scheme.weights)
             yield from ((f"{module}.{key}", value) for key, value in packed.items())
@@ -111,7 +111,7 @@ def write_dequantized(
                 codes, scale, zero_point = unpack_linear(held, scheme.weights)
                 weight = dequantize(codes, scale.float(), zero_point, scheme.weights)
                 if scheme.hadamard_block_size is not None:
-                    weight = ops.hadamard_reference(weight, scheme.hadamard_block_size)
+                    weight = references.hadamard(weight, scheme.hadamard_block_size)
                 held = {key.removeprefix("added_"): held[key] for key in held if not key.startswith("weight_")}
                 held["weight"] = weight.to(dtype)
             yield from ((f"{module}.{suffix}".lstrip("."), tensor) for suffix, tensor in held.items())
@@ -252,13 +252,13 @@ class ReferenceLinear(torch.nn.Module):
         rows, block_size = x.flatten(0, -2), self.scheme.hadamard_block_size or 1
         if activations is None:
             if block_size > 1:
-                rows = ops.hadamard_reference(rows, block_size)
-            y = ops.wna16_gemm_reference(
+                rows = references.hadamard(rows, block_size)
+            y = references.wna16_gemm(
                 rows, self.packed, self.scale, self.zero, self.bias, weights.bits, weights.group_size
             )
         else:
-            y = ops.w4a4_gemm_reference(
-                *ops.quantize_per_token_reference(rows, activations.bits, activations.symmetric, block_size),
+            y = references.w4a4_gemm(
+                *references.quantize_per_token(rows, activations.bits, activations.symmetric, block_size),
                 self.packed,
                 self.scale[0],
                 None if self.zero is None else self.zero[0],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from sliderquant_vllm.packing import pack_codes
 from tests.cuda import (
     BUILT_ARCHS,
@@ -269,7 +269,7 @@ OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of n
 def integer_operands(emulator, n: int, k: int, m: int, bits: int, activation_bits: int, symmetric: bool):
     """What a kernel takes, from codes to bias, and the same for the reference."""
     weight = random_weight(n, k, bits, -1, symmetric)
-    quantized = ops.quantize_per_token_reference(torch.randn(m, k), activation_bits, symmetric)
+    quantized = references.quantize_per_token(torch.randn(m, k), activation_bits, symmetric)
     zw = None if symmetric else weight.zero[0].contiguous()
     bias = torch.randn(n) if symmetric else None
     rest = (weight.scale[0].contiguous(), zw, ops.column_sums(weight.packed, bits), bias)
@@ -285,7 +285,7 @@ def test_integer_gemm_body_on_the_host(emulator, bits, symmetric):
         for kind, dtype in enumerate(OUT_DTYPES):
             y = torch.full((m, n), torch.nan, dtype=dtype)
             call(emulator.emulate_integer_gemm, *operands, y, kind, m, n, k, bits)
-            assert torch.equal(y, ops.w4a4_gemm_reference(*expecting, bits, dtype)), (n, k, m, dtype)
+            assert torch.equal(y, references.w4a4_gemm(*expecting, bits, dtype)), (n, k, m, dtype)
 
 
 # N, K, M, splits of K: tails of every size, fewer and more stages than there are slots, several blocks.
@@ -314,7 +314,7 @@ def test_sm80_integer_body_on_the_host(emulator, bits, tokens):
         y = torch.full((m, n), torch.nan, dtype=OUT_DTYPES[kind])
         found = call(emulator.emulate_sm80_integer, *operands, y, kind, m, n, k, bits, tokens, splits, seed)
         assert found == "", (case, tokens)
-        assert torch.equal(y, ops.w4a4_gemm_reference(*expecting, bits, y.dtype)), (n, k, m, splits, seed)
+        assert torch.equal(y, references.w4a4_gemm(*expecting, bits, y.dtype)), (n, k, m, splits, seed)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -336,7 +336,7 @@ def test_sm80_integer_multiplies_every_code(emulator, bits):
 def test_sm80_integer_does_not_depend_on_the_order_of_threads(emulator, k, splits, tokens):
     """Every warp has work, and first and last stages use the room in which sums are exchanged."""
     operands, expecting = integer_operands(emulator, 256, k, tokens, 4, 4, False)
-    expected = ops.w4a4_gemm_reference(*expecting, 4, torch.float32)
+    expected = references.w4a4_gemm(*expecting, 4, torch.float32)
     for seed in (random.randrange(2**32) for _ in range(4)):
         y = torch.full((tokens, 256), torch.nan)
         sizes = (2, tokens, 256, k, 4, tokens, splits, seed)

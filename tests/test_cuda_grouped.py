@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from tests.cuda import build_emulator, call
 from tests.native import check_close, random_weight
 
@@ -108,7 +108,7 @@ def test_w4a4(emulator, name, tokens, splits):
     ]
     bias = torch.randn(experts, n) if symmetric else None
     packed = torch.stack([repack(emulator, weight.packed, bits, False) for weight in weights])
-    quantized = ops.quantize_per_token_reference(torch.randn(m, k), 8, False)
+    quantized = references.quantize_per_token(torch.randn(m, k), 8, False)
     y = torch.full((m, n), torch.nan, dtype=dtype)
     operands = (*quantized, packed, *stacked(rest), bias, y, OUT_DTYPES.index(dtype))
     sizes = (m, n, k, bits, offsets, experts, tokens, splits, seed)
@@ -118,7 +118,7 @@ def test_w4a4(emulator, name, tokens, splits):
         if begin < end:
             own = (*(part[begin:end] for part in quantized), weights[expert].packed, *rest[expert])
             own_bias = None if bias is None else bias[expert]
-            expected[begin:end] = ops.w4a4_gemm_reference(*own, own_bias, bits, dtype)
+            expected[begin:end] = references.w4a4_gemm(*own, own_bias, bits, dtype)
     assert torch.equal(y, expected), (name, seed)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.common import relative_error
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from sliderquant_vllm.packing import pack_codes
 from tests.cuda import build_emulator, call, repack
 from tests.native import Weight, check_close, random_weight
@@ -206,7 +206,7 @@ INTEGER_CASES = (
 def integer_operands(emulator, n: int, k: int, m: int, bits: int, activation_bits: int, symmetric: bool):
     """What the kernel takes, from codes to bias, and the same for the reference."""
     weight = random_weight(n, k, bits, -1, symmetric)
-    quantized = ops.quantize_per_token_reference(torch.randn(m, k), activation_bits, symmetric)
+    quantized = references.quantize_per_token(torch.randn(m, k), activation_bits, symmetric)
     zw = None if symmetric else weight.zero[0].contiguous()
     bias = torch.randn(n) if symmetric else None
     rest = (weight.scale[0].contiguous(), zw, ops.column_sums(weight.packed, bits), bias)
@@ -225,7 +225,7 @@ def test_integer_body_on_the_host(emulator, bits, tokens):
         y = torch.full((m, n), torch.nan, dtype=OUT_DTYPES[kind])
         found = call(emulator.emulate_sm90_integer, *operands, y, kind, m, n, k, bits, tokens, splits, grid, seed)
         assert found == "", (case, tokens)
-        assert torch.equal(y, ops.w4a4_gemm_reference(*expecting, bits, y.dtype)), (n, k, m, splits, seed)
+        assert torch.equal(y, references.w4a4_gemm(*expecting, bits, y.dtype)), (n, k, m, splits, seed)
 
 
 @BITS
@@ -246,7 +246,7 @@ def test_integer_multiplies_every_code(emulator, bits):
 @pytest.mark.parametrize(("k", "splits"), [(1408, 1), (1280, 2)])
 def test_integer_does_not_depend_on_the_order_of_events(emulator, k, splits, tokens):
     operands, expecting = integer_operands(emulator, 256, k, tokens, 4, 4, False)
-    expected = ops.w4a4_gemm_reference(*expecting, 4, torch.float32)
+    expected = references.w4a4_gemm(*expecting, 4, torch.float32)
     for seed in (random.randrange(2**32) for _ in range(3)):
         y = torch.full((tokens, 256), torch.nan)
         sizes = (2, tokens, 256, k, 4, tokens, splits, 1, seed)

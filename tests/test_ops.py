@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.common import relative_error
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from sliderquant_vllm.format import HADAMARD_BLOCK_SIZES
 from sliderquant_vllm.packing import pack_codes
 from tests.native import check_close, integer_weight, random_weight
@@ -181,7 +181,7 @@ def test_w4a4_gemm_against_float64(isa, bits, activation_bits, symmetric, out_dt
 
 def assert_quantized_like_reference(x: torch.Tensor, bits: int, symmetric: bool) -> None:
     found = ops.quantize_per_token(x, bits, symmetric)
-    expected = ops.quantize_per_token_reference(x, bits, symmetric)
+    expected = references.quantize_per_token(x, bits, symmetric)
     for name, one, two in zip(("codes", "scale", "zero", "row_sum"), found, expected, strict=True):
         assert one.dtype == two.dtype and torch.equal(one, two), (name, bits, symmetric)
 
@@ -247,7 +247,7 @@ def test_quantizer_transforms_before_without_rounding_in_between(isa, block_size
     for dtype, bits in itertools.product((torch.bfloat16, torch.float16), (4, 8)):
         rows = x.to(dtype)
         exact = (rows.double().unflatten(-1, (-1, block_size)) @ sylvester_in_float64(block_size)).flatten(-2)
-        expected = ops.quantize_per_token_reference(exact.float(), bits, symmetric)
+        expected = references.quantize_per_token(exact.float(), bits, symmetric)
         codes, scale, zero, row_sum = ops.quantize_per_token(rows, bits, symmetric, block_size)
         assert relative_error(scale, expected[1]) < 1e-6 and (zero - expected[2]).abs().max() <= 1
         assert torch.equal(codes.sum(1, dtype=torch.int32), row_sum)
@@ -259,11 +259,11 @@ def test_quantizer_transforms_before_without_rounding_in_between(isa, block_size
 
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_hadamard_has_gradients_where_inference_came_first(block_size):
-    ops.sylvester_matrix.cache_clear()
+    references.sylvester_matrix.cache_clear()
     x = torch.randn(2, 2 * block_size, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
-        ops.hadamard_reference(x, block_size)
-    assert torch.autograd.gradcheck(ops.hadamard_reference, (x, block_size))
+        references.hadamard(x, block_size)
+    assert torch.autograd.gradcheck(references.hadamard, (x, block_size))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

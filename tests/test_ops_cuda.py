@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.common import relative_error
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from sliderquant_vllm.packing import pack_codes
 from tests.native import Weight, random_weight
 
@@ -223,13 +223,13 @@ def check_w4a4_gemm(bits: int, activation_bits: int, shape: tuple[int, int, int]
     n, k, m = shape
     for symmetric in (False, True):
         weight = random_weight(n, k, bits, -1, symmetric)
-        quantized = ops.quantize_per_token_reference(torch.randn(m, k), activation_bits, symmetric)
+        quantized = references.quantize_per_token(torch.randn(m, k), activation_bits, symmetric)
         zw, bias = (None, torch.randn(n)) if symmetric else (weight.zero[0], None)
         rest = (weight.scale[0], zw, ops.column_sums(weight.packed, bits), bias, bits)
         w_packed = ops.repack(weight.packed.cuda(), bits, activation_bits=activation_bits)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             y = torch.ops.sliderquant.w4a4_gemm(*on_gpu(*quantized, w_packed, *rest), dtype)
-            expected = ops.w4a4_gemm_reference(*quantized, weight.packed, *rest, dtype)
+            expected = references.w4a4_gemm(*quantized, weight.packed, *rest, dtype)
             assert torch.equal(y.cpu(), expected), (shape, symmetric, dtype)
 
 
@@ -333,7 +333,7 @@ def test_w4a4_gemm_grouped_on_odd_shapes(monkeypatch, bits, kernel):
         for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
             if begin < end:
                 own = (*(part[begin:end] for part in quantized), checkpoint[expert], *(part[expert] for part in parts))
-                expected[begin:end] = ops.w4a4_gemm_reference(*own, bias[expert], bits, torch.float32)
+                expected[begin:end] = references.w4a4_gemm(*own, bias[expert], bits, torch.float32)
         assert torch.equal(y.cpu(), expected), loads
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common import relative_error
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
 from tests.native import integer_weight, random_weight
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -63,7 +63,7 @@ def test_wna16_gemm(isa, threads, name, bits):
         for dtype, bias in ((torch.bfloat16, None), (torch.float16, torch.randn(EXPERTS, n))):
             x = torch.randn(m, k + 5).to(dtype)[:, 3 : k + 3]
             rest = (offsets, *arguments, bias, bits, group_size)
-            expected = ops.wna16_gemm_grouped_reference(x, *rest)
+            expected = references.wna16_gemm_grouped(x, *rest)
             for count in (1, 2):
                 threads(count)
                 y = ops.wna16_gemm_grouped(x, *rest)
@@ -82,7 +82,7 @@ def test_w4a4_gemm(isa, threads, name, bits):
         quantized = codes, sa, za, _ = ops.quantize_per_token(x, 8, False)
         for dtype, bias in ((torch.float32, None), (torch.bfloat16, torch.randn(EXPERTS, n))):
             rest = (*quantized, offsets, *arguments, bias, bits, dtype)
-            expected = ops.w4a4_gemm_grouped_reference(*rest)
+            expected = references.w4a4_gemm_grouped(*rest)
             for count in (1, 2):
                 threads(count)
                 y = ops.w4a4_gemm_grouped(*rest)

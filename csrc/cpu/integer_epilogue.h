@@ -55,4 +55,19 @@ inline void store_row(const IntegerGemm& a, const Columns& c, int64_t m, int64_t
   }
 }
 
+// Up to kSharingPanels panels from their sums, which lie panel_sums apart: [tokens, 32] each.
+inline void store_panels(const IntegerGemm& a, int64_t begin, int64_t end, int64_t panel_sums, const int32_t* sums) {
+  Columns columns[kSharingPanels * kTiles];
+  const int64_t registers = (end - begin) * kTiles;
+  for (int64_t i = 0; i < registers; ++i) {
+    columns[i] = load_columns(a, begin * layout::kPanelRows + i * layout::kVectorRows);
+  }
+  for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
+    for (int64_t i = 0; i < registers; ++i) {
+      const int32_t* sum = sums + i / kTiles * panel_sums + i % kTiles * layout::kVectorRows;
+      store_row(a, columns[i], m, begin * layout::kPanelRows + i * layout::kVectorRows, _mm512_load_si512(sum));
+    }
+  }
+}
+
 }  // namespace sliderquant::cpu::avx512

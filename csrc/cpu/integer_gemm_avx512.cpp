@@ -126,17 +126,7 @@ void block_panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, i
       }
     }
   }
-  Columns columns[kSharingPanels * kTiles];
-  const int64_t registers = (end - begin) * kTiles;
-  for (int64_t i = 0; i < registers; ++i) {
-    columns[i] = load_columns(a, begin * layout::kPanelRows + i * layout::kVectorRows);
-  }
-  for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
-    for (int64_t i = 0; i < registers; ++i) {
-      const int32_t* sum = sums + i / kTiles * panel_sums + i % kTiles * layout::kVectorRows;
-      store_row(a, columns[i], m, begin * layout::kPanelRows + i * layout::kVectorRows, _mm512_load_si512(sum));
-    }
-  }
+  store_panels(a, begin, end, panel_sums, sums);
 }
 
 template <int Bits>

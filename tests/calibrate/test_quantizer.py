@@ -10,8 +10,8 @@ from calibrate.quantizer import (
     quantized_channels,
     weight_bounds,
 )
+from sliderquant_vllm import references
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
-from sliderquant_vllm.ops import quantize_per_token_reference
 from sliderquant_vllm.packing import dequantize
 
 SCHEMES = [
@@ -108,7 +108,7 @@ def test_ratio_rounds_up_to_whole_channels(ratio, expected):
 )
 def test_activations_are_quantized_as_they_are_served(rows, bits, symmetric):
     x = torch.tensor(rows)
-    codes, scale, zero, _ = quantize_per_token_reference(x, bits, symmetric)
+    codes, scale, zero, _ = references.quantize_per_token(x, bits, symmetric)
     served = (codes.float() - zero[:, None]) * scale[:, None]
     assert torch.equal(fake_quantize_activation(x, ActivationScheme(bits, symmetric), 8), served)
 

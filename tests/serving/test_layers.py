@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.common import relative_error
-from sliderquant_vllm import ops
+from sliderquant_vllm import references
 from sliderquant_vllm.checkpoint import Linear, validate_checkpoint
 from sliderquant_vllm.format import (
     ActivationScheme,
@@ -231,7 +231,7 @@ def test_ranks_that_split_inputs_rotate_their_own_and_add_the_bias_once(single_r
             parameter.weight_loader(parameter, tensor)
         layer.quant_method.process_weights_after_loading(layer)
         total += layer.quant_method.apply(layer, x[:, 96 * rank : 96 * rank + 96]).float()
-    rotated = ops.hadamard_reference(x.float(), 32)
+    rotated = references.hadamard(x.float(), 32)
     expected = rotated @ dequantize(codes, scale, zero_point, scheme).T + bias
     assert relative_error(total, expected) < 5e-3
 
