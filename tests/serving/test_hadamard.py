@@ -20,8 +20,9 @@ def test_with_quantized_activations(in_engine, tmp_path, bits):
     )
     found = in_engine(score, quantized, check_linears=True)
     assert len(found.errors) == 12 * 4
-    # Sums in another order move a value here and there from one code to the next.
-    assert max(found.errors.values()) < 5e-4, found.errors
+    # Sums in another order move a value here and there from one code to the next: of 4 bits, one such in 400 tokens is
+    # an error of 1e-3.
+    assert max(found.errors.values()) < (5e-4 if bits == 8 else 1e-3), found.errors
     # The bounds of test_integer.py.
     expected = Score(reference_logprobs(quantized, windows(TINY_LLAMA)))
     assert (found.logprobs - expected.logprobs).abs().mean() < (0.1 if bits == 8 else 0.6)
