@@ -21,7 +21,10 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | {"PATH": PATH}
 missing = [name for name in ("cmake", "ninja") if shutil.which(name, path=PATH) is None]
 
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed"),
+    pytest.mark.timeout(1800),  # instrumented code takes long to compile
+]
 
 
 @pytest.fixture(scope="module")
