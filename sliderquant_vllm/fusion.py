@@ -155,15 +155,16 @@ def _add_rms_norm(source: fx.Node) -> tuple[Any, tuple, list[fx.Node]]:
 
 def _rms_norm_of_ir(source: fx.Node) -> tuple[Any, tuple, list[fx.Node]]:
     """The same where vLLM keeps the norm in one piece until its own passes are done."""
-    norms = getattr(torch.ops, "vllm_ir", None)
+    norms = torch.ops.vllm_ir
+    _expect(hasattr(norms, "rms_norm"))
+    _expect(hasattr(norms, "fused_add_rms_norm"))
     sums, norm = [], source
     if source.op == "call_function" and source.target is operator.getitem:
         norm = source.args[0]
         _expect(source.args[1] == 0, norm.op == "call_function", norm.target is norms.fused_add_rms_norm.default)
         sums = [user for user in norm.users if user.args[1] == 1]
     else:
-        _expect(source.op == "call_function", hasattr(norms, "rms_norm"))
-        _expect(source.target is norms.rms_norm.default)
+        _expect(source.op == "call_function", source.target is norms.rms_norm.default)
     names = [argument.name for argument in norm.target._schema.arguments]
     given = dict(zip(names, norm.args, strict=False)) | norm.kwargs
     x, weight, residual = given["x"], given["weight"], given.get("x_residual")
