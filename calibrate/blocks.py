@@ -15,7 +15,7 @@ from calibrate import products
 from calibrate.activations import Activations
 from calibrate.experts import Experts
 from calibrate.layouts import BlockLayout
-from calibrate.modules import SCALE_FLOOR, CalibrationLinear, CalibrationNorm
+from calibrate.modules import SCALE_FLOOR, CalibrationLinear, CalibrationNorm, Together
 from calibrate.quantizer import (
     quantize_weight,
 )
@@ -55,6 +55,9 @@ class CalibrationBlock(nn.Module):
             linear.hadamard = hadamard.get(path)
             self.linears[path] = linear
             layer.set_submodule(path, linear)
+        dense = [(layout.mlps[0].gate, layout.mlps[0].up)] if self.experts is None else []
+        read_together = ((layout.query, layout.key, layout.value), *dense)
+        self.together = [Together([self.linears[path] for path in paths]) for paths in read_together]
         if self.experts is not None and schemes[layout.mlps[0].gate] is not None:
             # The router needs 16 bits, so the norm cannot quantize; each expert would, for every token that it gets.
             gates_and_ups = [self.linears[path] for path in layout.fused_experts[0]]
@@ -174,34 +177,50 @@ class CalibrationBlock(nn.Module):
             linear.prepare(*scales[path], ratio if only is None or path in only else 0)
         for path, norm in self.norms.items():
             norm.prepare(scales[path][1])
+        for together in self.together:
+            together.set(None)
         self.layer.self_attn.kv_scheme = self.kv_scheme  # read by calibrate.attention
 
-    def cut(self) -> list[tuple[GradientEdge, Tensor]]:
+    def cut(self) -> list[tuple[list[tuple[GradientEdge, int]], Tensor]]:
         """Replace all that was prepared by leaves, so that many forward and backward passes share one quantization.
 
         Returns:
-            Where what was prepared takes its gradient, and the leaf that now stands for it.
+            A leaf that now stands for what was prepared, and before it whose gradients its own consists of, one below
+            the other: where each takes it, and how many rows.
         """
         pairs = []
 
-        def leaf(value: Tensor | int | None, change: Callable[[Tensor], Tensor] = lambda value: value):
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                return value
-            pairs.append((get_gradient_edge(value), change(value.detach()).requires_grad_()))
-            return pairs[-1][1]
+        def leaf(values: list[Tensor], change: Callable[[Tensor], Tensor] = lambda value: value) -> Tensor:
+            edges = [(get_gradient_edge(value), len(value)) for value in values]
+            changed = [change(value.detach()) for value in values]
+            leaf = (changed[0] if len(changed) == 1 else torch.cat(changed)).requires_grad_()
+            pairs.append((edges, leaf))
+            return leaf
 
+        def single(value: Tensor | None, *change: Callable[[Tensor], Tensor]) -> Tensor | None:
+            return value if value is None or not value.requires_grad else leaf([value], *change)
+
+        joined = set()
+        for together in self.together:
+            weights = [linear.computed[0] for linear in together.linears]
+            if all(weight.requires_grad for weight in weights):
+                together.set(leaf(weights, products.factor))
+                joined |= set(together.linears)
         for linear in self.linears.values():
-            weight, *rest = linear.computed
-            weight = leaf(weight, products.factor) if linear.product is products.linear else leaf(weight)
-            linear.computed = (weight, *map(leaf, rest))
+            weight, bias, channels = linear.computed
+            if linear not in joined:
+                weight = single(weight, *([products.factor] if linear.product is products.linear else []))
+            linear.computed = (weight, single(bias), channels)
         for norm in self.norms.values():
-            norm.computed = tuple(map(leaf, norm.computed))
+            norm.computed = tuple(map(single, norm.computed))
         return pairs
 
     def release(self) -> None:
         """Forget what was prepared: forward calls are in 16 bits again."""
         for part in (*self.linears.values(), *self.norms.values()):
             part.computed = None
+        for together in self.together:
+            together.set(None)
         self.layer.self_attn.kv_scheme = None
 
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -239,8 +258,7 @@ class CalibrationBlock(nn.Module):
         }
         shifts = {}
         for path, norm in self.norms.items():
-            gain, shift = norm.computed
-            others[f"{path}.weight"] = norm.norm.weight * gain
+            others[f"{path}.weight"], shift = norm.computed
             if shift is not None:
                 shifts |= dict.fromkeys(self.layout.readers[path], shift)
         codes = {}

@@ -43,6 +43,7 @@ class CalibrationLinear(nn.Module):
         self.input_is_quantized = False
         self.hadamard: int | None = None  # block size
         self.computed: tuple[Tensor, Tensor | None, int] | None = None
+        self.together: Together | None = None
         if scheme is None:
             return
         self.register_buffer("bounds", weight_bounds(self.weight, scheme.weights))
@@ -122,9 +123,42 @@ class CalibrationLinear(nn.Module):
         return fake_quantize_activation(x.float(), self.scheme.activations, self.computed[2])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.together is not None and self.together.computed is not None:
+            return self.together.output(self, x)
         x = x if self.input_is_quantized else self.quantize_input(x)
         weight, bias = (self.weight, self.bias) if self.computed is None else self.computed[:2]
         return self.product(x, weight, bias)
+
+
+class Together:
+    """Linears that read one input, all of them whenever one does: while they learn they are one matrix product.
+
+    Attributes:
+        computed: weights that lie below each other, in the dtype of their product; None where every linear is a product
+            of its own.
+    """
+
+    def __init__(self, linears: list[CalibrationLinear]):
+        self.linears = linears
+        self.computed: Tensor | None = None
+        self._input: Tensor | None = None
+        self._outputs: dict[CalibrationLinear, Tensor] = {}
+        for linear in linears:
+            linear.together = self
+
+    def set(self, computed: Tensor | None) -> None:
+        self.computed, self._input, self._outputs = computed, None, {}
+
+    def output(self, linear: CalibrationLinear, x: Tensor) -> Tensor:
+        if x is not self._input or linear not in self._outputs:
+            quantized = x if linear.input_is_quantized else linear.quantize_input(x)
+            rows = [each.weight.shape[0] for each in self.linears]
+            self._input = x
+            self._outputs = dict(zip(self.linears, products.linears(quantized, self.computed, rows), strict=True))
+        output, bias = self._outputs.pop(linear), linear.computed[1]
+        if not self._outputs:
+            self._input = None  # nothing is held beyond the last reader
+        return output if bias is None else output + bias
 
 
 class CalibrationNorm(nn.Module):
@@ -141,7 +175,7 @@ class CalibrationNorm(nn.Module):
     def __init__(self, norm: nn.Module, readers: list[CalibrationLinear], shifted: bool, recipe: Recipe):
         super().__init__()
         self.norm = norm
-        self.computed: tuple[Tensor, Tensor | None] | None = None  # gain and shift, behind the channel scale
+        self.computed: tuple[Tensor, Tensor | None] | None = None  # weight and shift, behind gain and channel scale
         self.gain = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
         self.shift = None
         if shifted:
@@ -153,13 +187,13 @@ class CalibrationNorm(nn.Module):
                 reader.input_is_quantized = True
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        if self.computed is not None:
-            gain, shift = self.computed
-            x = x * gain if shift is None else torch.addcmul(shift, x, gain)
+        if self.computed is None:
+            x = self.norm(x)
+        else:
+            x = products.rms_norm(x.float(), *self.computed, self.norm.variance_epsilon)
         return x if self._quantizer is None else self._quantizer[0].quantize_input(x)
 
     def prepare(self, scale: Tensor | None) -> None:
-        """Compute what acts on the norm's output, for the following forward calls."""
+        """Compute what acts on the normalized tokens, for the following forward calls."""
         gain, shift = (value if value is None or scale is None else value / scale for value in (self.gain, self.shift))
-        self.computed = (gain, shift)
+        self.computed = (self.norm.weight * gain, shift)

@@ -122,9 +122,10 @@ class Gradients:
     def backward(self) -> None:
         """Pass the sums on to the parameters behind what was prepared; to be called once."""
         while self.pairs:
-            (edge, _), total = self.pairs.pop(), self.sums.pop()
+            (sources, _), total = self.pairs.pop(), self.sums.pop()
             add_up(total)
-            torch.autograd.backward(edge, total.float(), retain_graph=bool(self.pairs))
+            edges, rows = zip(*sources, strict=True)
+            torch.autograd.backward(edges, total.float().split(rows), retain_graph=bool(self.pairs))
 
 
 def _add_to(total: Tensor, leaf: Tensor) -> None:

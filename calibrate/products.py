@@ -45,33 +45,35 @@ class _OneDnn:
 
 
 class _Linear(torch.autograd.Function):
-    """torch's own attention is slower with oneDNN, hence the setting is local to every product, backward too."""
+    """One product for weights that lie below each other; torch's own attention is slower with oneDNN, hence the setting
+    is local to every product, backward too.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, in_bf16):
-        dtype = weight.dtype
+    def forward(ctx, x, weight, rows, in_bf16):
+        ctx.weight_dtype = weight.dtype
         if in_bf16:
             x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
-        ctx.weight_dtype = dtype
+        ctx.rows = rows
         with _OneDnn():
-            product = functional.linear(x, weight).float()
-        return product if bias is None else product + bias
+            return functional.linear(x, weight).float().split(rows, -1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        rows = rows.to(x.dtype)
+        tokens = x.shape[:-1].numel()
+        grad_x = grad_weight = None
+        # Rounded on the way to their places: no pass over them of its own.
+        above = torch.empty(tokens, weight.shape[0], dtype=x.dtype, device=x.device)
+        for part, grad in zip(above.split(ctx.rows, 1), grads, strict=True):
+            part.view(grad.shape).copy_(grad)
         with _OneDnn():
             if ctx.needs_input_grad[0]:
-                grad_x = (rows @ weight).float().view_as(x)
+                grad_x = (above @ weight).float().view_as(x)
             if ctx.needs_input_grad[1]:
-                grad_weight = (rows.T @ x.flatten(0, -2)).to(ctx.weight_dtype)
-        return grad_x, grad_weight, grad_bias, None
+                grad_weight = (above.T @ x.flatten(0, -2)).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None
 
 
 def factor(weight: Tensor) -> Tensor:
@@ -81,10 +83,47 @@ def factor(weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear`` of fp32 x, on the CPU by oneDNN; with a weight from ``factor`` only as it says there."""
+    (product,) = linears(x, weight, [weight.shape[0]])
+    return product if bias is None else product + bias
+
+
+def linears(x: Tensor, weight: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    """``linear`` of several weights that lie below each other, of so many ``rows`` each: an output for each."""
     if x.is_cuda:
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight).split(rows, -1)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _Linear.apply(x, weight, bias, _rough and learns)
+    return _Linear.apply(x, weight, rows, _rough and learns)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Five passes over the tokens where torch's operators, one by one, take twenty."""
+
+    @staticmethod
+    def forward(ctx, x, weight, shift, epsilon):
+        size = x.shape[-1]
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(epsilon).rsqrt_()
+        normalized = x * inverse
+        ctx.save_for_backward(normalized, weight, inverse)
+        return normalized * weight if shift is None else torch.addcmul(shift, normalized, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        normalized, weight, inverse = ctx.saved_tensors
+        grad_x = grad_weight = grad_shift = None
+        if ctx.needs_input_grad[2]:
+            grad_shift = grad.flatten(0, -2).sum(0)
+        along = grad * normalized
+        if ctx.needs_input_grad[1]:
+            grad_weight = along.flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            along = (along @ weight).unsqueeze(-1).div_(-weight.shape[0])
+            grad_x = torch.addcmul(grad * weight, normalized, along).mul_(inverse)
+        return grad_x, grad_weight, grad_shift, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, shift: Tensor | None, epsilon: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + epsilon) * weight + shift`` over the last dimension of fp32 x [..., K]."""
+    return _RmsNorm.apply(x, weight, shift, epsilon)
 
 
 class _Hadamard(torch.autograd.Function):
@@ -120,33 +159,33 @@ def _causal_mask(size: int, device: torch.device) -> Tensor:
 class _Attention(torch.autograd.Function):
     """Keeps all probabilities: twice the speed of torch's fused attention on a CPU as long as sequences are short.
 
-    The products behind the softmax and those of backward are what ``in_bf16`` is about; scores stay fp32.
+    All behind the scores, which stay fp32, and all of backward is what ``in_bf16`` is about.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, scaling, in_bf16):
         dtype = torch.bfloat16 if in_bf16 else query.dtype
+        query = query * scaling
         with _OneDnn():
             scores = query @ key.transpose(-1, -2)
-            scores = scores.mul_(scaling).add_(_causal_mask(query.shape[2], query.device))
-            probabilities = scores.softmax(-1)
-            narrow, value = probabilities.to(dtype), value.to(dtype)
-            output = (narrow @ value).to(query.dtype)
-        ctx.save_for_backward(query.to(dtype), key.to(dtype), value, probabilities, narrow)
+            scores += _causal_mask(query.shape[2], query.device)
+            probabilities, value = scores.softmax(-1).to(dtype), value.to(dtype)
+            output = (probabilities @ value).to(query.dtype)
+        ctx.save_for_backward(query.to(dtype), key.to(dtype), value, probabilities)
         ctx.scaling = scaling
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, probabilities, narrow = ctx.saved_tensors
+        query, key, value, probabilities = ctx.saved_tensors
         rows = grad.to(query.dtype)
         with _OneDnn():
-            grad_value = narrow.transpose(-1, -2) @ rows
-            above = (rows @ value.transpose(-1, -2)).to(grad.dtype)
-            scores = torch._softmax_backward_data(above, probabilities, -1, grad.dtype)
-            scores = scores.mul_(ctx.scaling).to(query.dtype)
-            grads = scores @ key, scores.transpose(-1, -2) @ query, grad_value
-        return *(each.to(grad.dtype) for each in grads), None, None
+            grad_value = probabilities.transpose(-1, -2) @ rows
+            above = rows @ value.transpose(-1, -2)
+            scores = torch._softmax_backward_data(above, probabilities, -1, above.dtype)
+            grad_query, grad_key = scores @ key, scores.transpose(-1, -2) @ query
+        grads = (each.to(grad.dtype) for each in (grad_query, grad_key, grad_value))
+        return next(grads).mul_(ctx.scaling), *grads, None, None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -52,7 +52,7 @@ def test_streaming_rotation_and_scaling_preserve_the_function(tmp_path, family, 
     assert len(list(directory.glob("*.safetensors"))) > 1
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(TOKENS).logits
-    assert relative_change(run(make(directory)), reference) < 1e-6
+    assert relative_change(run(make(directory)), reference) < 2e-6
 
     # Learned values far from their start; no linear is quantized, so only the scaling acts.
     everything = ("re:.*",)

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from benchmarks.common import relative_error
 from calibrate import parallel
+from calibrate.model import Model
 from calibrate.parallel import Gradients, Share
+from calibrate.recipe import Recipe
+from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.calibrate.test_resume import in_child, shards
 from tests.helpers import TINY_LLAMA
@@ -53,7 +57,7 @@ class Toy:
 
     def cut(self):
         self.leaves = [value.detach().requires_grad_() for value in self.prepared]
-        return list(zip(map(get_gradient_edge, self.prepared), self.leaves, strict=True))
+        return [([(get_gradient_edge(value), 2)], leaf) for value, leaf in zip(self.prepared, self.leaves, strict=True)]
 
 
 def test_gradients_of_samples_add_up_and_reach_the_parameters():
@@ -64,6 +68,33 @@ def test_gradients_of_samples_add_up_and_reach_the_parameters():
     assert all(leaf.grad is None for leaf in toy.leaves), "only the sums are kept"
     gradients.backward()
     assert torch.equal(toy.scale.grad, 11 * (5 + 2 * toy.scale.detach()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+def test_parameters_get_the_gradients_that_one_graph_gives_them(tmp_path, family):
+    """Linears that read one input are one product behind the cut: with and without biases, norms of heads, experts."""
+    directory = write_random_model(tmp_path / "model", family, num_hidden_layers=1)
+    learns = {"epochs": 1, "learn_scale": True, "learn_clip": True, "learn_rounding": True}
+    recipe = Recipe(weights=WeightScheme(4), activations=ActivationScheme(4), seqlen=24, **learns)
+    block = Model(directory, recipe, torch.device("cpu")).block(0)
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(2, 1, 24, 96 if family != "qwen2" else 128, generator=generator)
+    positions = Model(directory, recipe, torch.device("cpu")).position_embeddings(24)
+    learned = dict(block.learned())
+    assert any(name.startswith("scales.") for name in learned)
+    block.prepare(1.0)
+    sum(block(sample, positions).square().mean() for sample in samples).backward()
+    expected = {name: value.grad for name, value in learned.items()}
+    for value in learned.values():
+        value.grad = None
+    block.prepare(1.0)
+    gradients = Gradients([block])
+    assert all(together.computed is not None for together in block.together)
+    for sample in samples:
+        block(sample, positions).square().mean().backward()
+    gradients.backward()
+    for name, value in learned.items():
+        assert relative_error(value.grad, expected[name]) < 1e-5, name
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")

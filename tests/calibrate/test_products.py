@@ -10,18 +10,17 @@ from benchmarks.common import relative_error
 from calibrate import products
 
 
-def attention_and_gradients(attend, tensors) -> list[torch.Tensor]:
-    query, key, value, grad = tensors
-    learned = [each.clone().requires_grad_() for each in (query, key, value)]
-    output = attend(*learned)
-    output.backward(grad)
+def output_and_gradients(function, values, grad) -> list[torch.Tensor]:
+    learned = [each.clone().requires_grad_() for each in values]
+    output = function(*learned)
+    output.backward(grad.to(output.dtype))
     return [output.detach(), *(each.grad for each in learned)]
 
 
 @pytest.mark.parametrize(("rough", "bound"), [(False, 1e-6), (True, 5e-3)])
 def test_attention_has_the_gradients_of_causal_attention(rough, bound):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, 3, 40, 16, generator=generator) for _ in range(4)]
+    *tensors, grad = [torch.randn(2, 3, 40, 16, generator=generator) for _ in range(4)]
 
     def expected(query, key, value):
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
@@ -30,8 +29,8 @@ def test_attention_has_the_gradients_of_causal_attention(rough, bound):
         with products.rough_gradients() if rough else torch.enable_grad():
             return products.attention(query, key, value, 0.3)
 
-    references = attention_and_gradients(expected, [each.double() for each in tensors])
-    for found, reference in zip(attention_and_gradients(ours, tensors), references, strict=True):
+    references = output_and_gradients(expected, [each.double() for each in tensors], grad)
+    for found, reference in zip(output_and_gradients(ours, tensors, grad), references, strict=True):
         assert found.dtype == torch.float32 and relative_error(found, reference) < bound
 
 
@@ -47,3 +46,42 @@ def test_attention_rounds_nothing_where_nothing_learns():
     exact = products.attention(*tensors, 0.5)
     with products.rough_gradients():
         assert torch.equal(products.attention(*tensors, 0.5), exact)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 48), (1, 5, 3, 16)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rms_norm_has_the_gradients_of_its_formula(shape, shifted):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, shape[-1:], shape[-1:]) if shifted else (shape, shape[-1:])
+    values, grad = [torch.randn(size, generator=generator) for size in sizes], torch.randn(shape, generator=generator)
+
+    def formula(x, weight, shift=0):
+        return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight + shift
+
+    def ours(x, weight, shift=None):
+        return products.rms_norm(x, weight, shift, 0.1)
+
+    found, expected = (
+        output_and_gradients(function, values_of, grad)
+        for function, values_of in ((ours, values), (formula, [value.double() for value in values]))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and relative_error(one, other) < 1e-6
+
+
+@pytest.mark.parametrize(("rough", "bound"), [(False, 1e-6), (True, 5e-3)])
+def test_weights_below_each_other_are_products_of_their_own(rough, bound):
+    generator = torch.Generator().manual_seed(0)
+    rows = [3, 16, 5]
+    x, weight, grad = (torch.randn(size, generator=generator) for size in ((2, 7, 32), (24, 32), (2, 7, 24)))
+
+    def ours(*values):
+        with products.rough_gradients() if rough else torch.enable_grad():
+            outputs = products.linears(*values, rows)
+        assert [output.shape[-1] for output in outputs] == rows
+        return torch.cat(outputs, -1)
+
+    found = output_and_gradients(ours, (x, weight), grad)
+    expected = output_and_gradients(functional.linear, (x.double(), weight.double()), grad)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < bound
