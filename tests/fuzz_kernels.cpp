@@ -95,10 +95,11 @@ std::vector<uint32_t> packed(const std::vector<uint8_t>& codes, layout::Family f
   std::exit(1);
 }
 
-// Rounded once to the type, after fp32 sums of terms that add up to magnitude.
-void check(const char* op, const Case& c, double found, double expected, double magnitude, Float type) {
+// Rounded once to the type, after fp32 sums of terms that add up to magnitude and have the error given.
+void check(const char* op, const Case& c, double found, double expected, double magnitude, Float type,
+           double of_terms = 0) {
   const double half_ulp = type == Float::kBf16 ? 0x1p-8 : type == Float::kFp16 ? 0x1p-11 : 0x1p-24;
-  if (!(std::abs(found - expected) <= half_ulp * std::abs(expected) + 1e-6 * magnitude + 0x1p-24)) {
+  if (!(std::abs(found - expected) <= half_ulp * std::abs(expected) + (1e-6 + of_terms) * magnitude + 0x1p-24)) {
     fail(op, c, found, expected);
   }
 }
@@ -141,6 +142,10 @@ void wna16() {
   } else {
     cpu::wna16_grouped(a, {c.offsets.data(), count}, serial);
   }
+  // Tiles take dequantized weights in bf16 where there are many tokens.
+  const bool rounds = cpu::choose_isa(std::getenv("SLIDERQUANT_ISA")) == "amx" && c.type == Float::kBf16 &&
+                      groups > 1 && c.m > 32;
+  const double of_weights = rounds ? 1.4 * 0x1p-8 : 0;
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
       const int64_t w = weight_of(c, m), row = w * c.n + n;
@@ -152,7 +157,7 @@ void wna16() {
         sum += term;
         magnitude += std::abs(term);
       }
-      check("wna16", c, load_float(y.data(), c.type, m * c.n + n), sum, magnitude, c.type);
+      check("wna16", c, load_float(y.data(), c.type, m * c.n + n), sum, magnitude, c.type, of_weights);
     }
   }
 }

@@ -54,12 +54,22 @@ def integer_weight(weight: Weight) -> tuple:
     return ops.repack(weight.packed, weight.bits, activation_bits=8), weight.scale[0], zw, col_sum
 
 
-def check_close(y: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, dtype: torch.dtype, case):
-    """Nothing but the rounding of the result, and fp32 sums of terms that add up to ``magnitude``."""
+def error_of_weights(x: torch.Tensor, group_size: int) -> float:
+    """The largest relative one with which the CPU kernels that are selected dequantize weights for these tokens."""
+    rounds = ops.host().isa() == "amx" and x.dtype == torch.bfloat16 and len(x) > 32 and group_size != -1
+    return 1.4 * 2**-8 if rounds else 0.0
+
+
+def check_close(
+    y: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, dtype: torch.dtype, case, of_weights: float = 0.0
+):
+    """Nothing but the rounding of the result, and fp32 sums of terms that add up to ``magnitude``; and the error that
+    dequantized weights are allowed.
+    """
     half_ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}[dtype]
-    bound = half_ulp * exact.abs() + 1e-6 * magnitude + 2**-24
+    bound = half_ulp * exact.abs() + (1e-6 + of_weights) * magnitude + 2**-24
     assert y.dtype == dtype and y.shape == exact.shape, case
     assert torch.all((y.double() - exact).abs() <= bound), (case, relative_error(y, exact))
     if y.numel() > 500 and dtype == torch.bfloat16:
         # Evenly spread rounding errors of results just above a power of two: 2^-8 / sqrt(3).
-        assert relative_error(y, exact) < 2.3e-3, case
+        assert relative_error(y, exact) < (3e-3 if of_weights else 2.3e-3), case

@@ -13,7 +13,7 @@ from benchmarks.common import relative_error
 from sliderquant_vllm import ops, references
 from sliderquant_vllm.format import HADAMARD_BLOCK_SIZES
 from sliderquant_vllm.packing import pack_codes
-from tests.native import check_close, integer_weight, random_weight
+from tests.native import check_close, error_of_weights, integer_weight, random_weight
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -48,7 +48,8 @@ def test_wna16_gemm_against_float64(isa, bits, symmetric, dtype):
         magnitude = rows.double().abs() @ dense.abs().T
         for m in TOKENS:
             y = ops.wna16_gemm(rows[:m], w_packed, weight.scale, weight.zero, bias, bits, group_size)
-            check_close(y, exact[:m], magnitude[:m], dtype, (n, k, group_size, m))
+            allowed = error_of_weights(rows[:m], group_size)
+            check_close(y, exact[:m], magnitude[:m], dtype, (n, k, group_size, m), allowed)
 
 
 @pytest.mark.parametrize("m", [1, 4, 17, 300])
@@ -62,7 +63,8 @@ def test_wna16_gemm_reads_strided_rows(isa, dtype, m):
     args = (w_packed, weight.scale, weight.zero, None, 4, 32)
     assert torch.equal(ops.wna16_gemm(x, *args), ops.wna16_gemm(x.contiguous(), *args))
     exact = x.double() @ weight.dense.T
-    check_close(ops.wna16_gemm(x, *args), exact, x.double().abs() @ weight.dense.abs().T, dtype, m)
+    magnitude = x.double().abs() @ weight.dense.abs().T
+    check_close(ops.wna16_gemm(x, *args), exact, magnitude, dtype, m, error_of_weights(x, 32))
 
 
 # Llama-3-8B's k_proj and q_proj and a slice of its down_proj, Qwen2.5-1.5B's down_proj
@@ -76,7 +78,7 @@ def test_wna16_gemm_real_shapes(n, k, bits, group_size):
     for m in (1, 5, 270):
         x = torch.randn(m, k).to(torch.bfloat16)
         y = ops.wna16_gemm(x, w_packed, weight.scale, weight.zero, None, bits, group_size)
-        assert relative_error(y, x.float() @ dense.T) < 2e-3, m
+        assert relative_error(y, x.float() @ dense.T) < (3e-3 if error_of_weights(x, group_size) else 2e-3), m
 
 
 def test_wna16_gemm_keeps_fp16_overflow_infinite(isa):

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../layout.h"
@@ -139,6 +140,62 @@ SLIDERQUANT_INLINE inline void load_sums(const void* sums) {
   load_tile<First + 1>(static_cast<const std::byte*>(sums) + kRowBytes, kPanelBytes);
 }
 
+// How sums enter and leave the registers of a block.
+struct Passage {
+  bool zero, load, store;
+};
+
+// sums[tokens of the block, 32] += what a chunk gives, for two tiles of tokens.
+template <class Dot, int Terms, class Sum>
+SLIDERQUANT_INLINE inline void two_tiles(const std::byte* tokens, const uint32_t* expanded, int64_t steps, int64_t rows,
+                                         Passage passage, Sum* sums) {
+  const int64_t tile_bytes = rows * kRowBytes;
+  Sum* second = sums + rows * layout::kPanelRows;
+  if (passage.zero) zero_tiles<kSum00, 4>();
+  if (passage.load) load_sums<kSum00>(sums), load_sums<kSum10>(second);
+  for (int64_t step = 0; step < steps; ++step) {
+    load_weights(expanded);
+    unroll<Terms>([&]<int>() SLIDERQUANT_INLINE {
+      dot_two<Dot>(tokens, tile_bytes);
+      tokens += 2 * tile_bytes;
+    });
+    expanded += kStepWords;
+  }
+  if (passage.store) store_sums<kSum00>(sums), store_sums<kSum10>(second);
+}
+
+// The same for one tile; steps take turns between two sets of sums.
+template <class Dot, int Terms, class Sum>
+SLIDERQUANT_INLINE inline void one_tile(const std::byte* tokens, const uint32_t* expanded, int64_t steps, int64_t rows,
+                                        Passage passage, Sum* sums) {
+  if (passage.zero) zero_tiles<kSum00, 2>();
+  if (passage.load) load_sums<kSum00>(sums);
+  if (passage.zero || passage.load) zero_tiles<kSum10, 2>();
+  const auto step = [&]<bool Odd>() SLIDERQUANT_INLINE {
+    load_weights(expanded);
+    unroll<Terms>([&]<int>() SLIDERQUANT_INLINE {
+      dot_one<Dot, Odd>(tokens);
+      tokens += rows * kRowBytes;
+    });
+    expanded += kStepWords;
+  };
+  for (int64_t i = 0; i < steps; i += 2) {
+    step.template operator()<false>();
+    if (i + 1 < steps) step.template operator()<true>();
+  }
+  if (!passage.store) return;
+  alignas(64) Sum odd[kTileRows * layout::kPanelRows];
+  store_sums<kSum00>(sums);
+  store_sums<kSum10>(odd);
+  for (int64_t i = 0; i < rows * layout::kPanelRows; i += layout::kVectorRows) {
+    if constexpr (std::is_same_v<Sum, float>) {
+      _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(odd + i)));
+    } else {
+      _mm512_store_si512(sums + i, _mm512_add_epi32(_mm512_load_si512(sums + i), _mm512_load_si512(odd + i)));
+    }
+  }
+}
+
 // Where a step of tokens lies that were packed to [chunks of k][blocks of two tiles][steps][terms][tiles][rows of 64
 // bytes], a compact copy: rows that lie a power of two apart compete for one cache set.
 struct PackedTokens {
@@ -156,30 +213,6 @@ struct PackedTokens {
     const int64_t within = (step * terms + term) * together + tile % 2;
     return block(before, steps, tile / 2) + within * tiles.rows * kRowBytes;
   }
-};
-
-// The steps of a chunk that is expanded while another one is multiplied: one of them every so many turns.
-template <class Expansion>
-class Next {
- public:
-  Next(Expansion expansion, int64_t steps, int64_t every)
-      : expansion_(expansion), left_(steps), every_(every), wait_(every) {}
-  SLIDERQUANT_INLINE void turn() {
-    if (--wait_ > 0) return;
-    wait_ = every_;
-    if (left_ > 0) step();
-  }
-  SLIDERQUANT_INLINE void rest() {
-    while (left_ > 0) step();
-  }
-
- private:
-  SLIDERQUANT_INLINE void step() {
-    expansion_.step();
-    --left_;
-  }
-  Expansion expansion_;
-  int64_t left_, every_, wait_;
 };
 
 // The order of the panels [begin, end): `sharing` of them meet a chunk of the tokens while that is in L2.
@@ -202,34 +235,26 @@ struct Walk {
   }
 };
 
-// For each position calls multiply(it, the expanded weights there, Next), where Next expands those of the position that
-// follows, and store(first, last) when panels that share are done. expansion(words, ahead, position, into) is what Next
-// runs, and fetches what lies at ahead. expanded has room for the chunks of two positions.
-template <int Bits, int64_t Step, class Expansion, class Multiply, class Store>
-SLIDERQUANT_INLINE inline void walk_chunks(const Walk& walk, const uint32_t* w, int64_t turns,
-                                           uint32_t* expanded, const Expansion& expansion, const Multiply& multiply,
-                                           const Store& store) {
+// For each position calls expand(words, ahead, it, expanded) and multiply(it, expanded), and store(first, last) when
+// panels that share are done. expand is to fetch what lies at ahead.
+//
+// One after the other, into one place: expanding the next chunk meanwhile, on vector units that tiles leave free, would
+// take twice the room in L1, and stores that lie a multiple of 4 KB from the tiles that are loaded would hold those up.
+// Measured; it is slower.
+template <int Bits, class Expand, class Multiply, class Store>
+SLIDERQUANT_INLINE inline void walk_chunks(const Walk& walk, const uint32_t* w, uint32_t* expanded,
+                                           const Expand& expand, const Multiply& multiply, const Store& store) {
   const auto words_at = [&](const Walk::Position& at) SLIDERQUANT_INLINE {
     return avx512::chunk_words<Bits>(w, walk.k_count, at.panel, at.k);
   };
-  const auto next_at = [&](const Walk::Position& at, uint32_t* into) SLIDERQUANT_INLINE {
-    const uint32_t* words = words_at(at);
-    // A panel alone is one stream of memory. Of several, whose turns take longer, what comes behind the next chunk is
-    // fetched.
-    const uint32_t* ahead = walk.sharing == 1 ? words + kPrefetchBytes / 4 : words_at(walk.after(at));
-    const int64_t steps = at.panel < walk.end ? (walk.chunk_at(at.k) + Step - 1) / Step : 0;
-    return Next(expansion(words, ahead, at, into), steps, turns);
-  };
-  uint32_t* other = expanded + walk.chunk / Step * kStepWords;
   Walk::Position at = {walk.begin, walk.begin, 0};
-  next_at(at, expanded).rest();
   while (at.panel < walk.end) {
     const auto following = walk.after(at);
-    auto next = next_at(following, other);
-    multiply(at, expanded, next);
-    next.rest();
+    const uint32_t* words = words_at(at);
+    // A panel alone is one stream of memory. Of several, whose turns take longer, the next chunk is fetched.
+    expand(words, walk.sharing == 1 ? words + kPrefetchBytes / 4 : words_at(following), at, expanded);
+    multiply(at, expanded);
     if (walk.ends_sharing(at)) store(at.first, walk.last(at.first));
-    std::swap(expanded, other);
     at = following;
   }
 }

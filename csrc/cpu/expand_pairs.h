@@ -93,14 +93,42 @@ struct Expand<8, HasZero> {
   }
 };
 
+// Pairs as they are.
+struct Unscaled {
+  template <int T>
+  SLIDERQUANT_INLINE __m512i operator()(__m512i pair) const {
+    return pair;
+  }
+};
+
+// Pairs times the scales of their channels, in bf16. Products are cut off, not rounded: the scale is a little larger
+// instead, by what makes up for it on average. A product that bf16 can hold stays as it is.
+struct Scaled {
+  __m512 scale[kTiles];
+  template <int T>
+  SLIDERQUANT_INLINE void set(__m512 exact) {
+    scale[T] = _mm512_mul_ps(exact, _mm512_set1_ps(1 + 0.69f / 256));
+  }
+  template <int T>
+  SLIDERQUANT_INLINE __m512i operator()(__m512i pair) const {
+    const auto scaled = [&](__m512i bits) SLIDERQUANT_INLINE {
+      return _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(bits), scale[T]));
+    };
+    const __m512i odd = _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(scaled(_mm512_slli_epi32(pair, 16)), 16), scaled(odd));
+  }
+};
+
 // Expands `chunk` codes of a panel, from a period on and with the same zero points, to [pairs of k, 32].
-template <int Bits, bool HasZero>
-void expand_pairs(const Expand<Bits, HasZero>& expand, const uint32_t* w, int64_t chunk, const __m512i (&zero)[kTiles],
-                  uint32_t* expanded) {
+template <int Bits, bool HasZero, class Scale = Unscaled>
+SLIDERQUANT_INLINE inline void expand_pairs(const Expand<Bits, HasZero>& expand, const uint32_t* w, int64_t chunk,
+                                            const __m512i (&zero)[kTiles], uint32_t* expanded,
+                                            const Scale& scale = {}) {
   for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
       expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
-        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows, pair);
+        _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows,
+                           scale.template operator()<T>(pair));
       });
     });
     w += layout::period_words(Bits) * layout::kPanelRows;

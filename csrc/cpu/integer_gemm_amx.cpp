@@ -3,9 +3,7 @@
 // Index names: n output channel, panel 32 of them, m token, tile up to 16 of them, block two tiles, k input channel,
 // step 64 of them.
 //
-// tdpbusd multiplies unsigned activation codes with signed weight codes and adds exactly, like vpdpbusd. While tiles
-// multiply a chunk of a panel, vector units expand the next one, a step at a time: the processor looks some hundred
-// cycles ahead, and a step of a block takes it 64.
+// tdpbusd multiplies unsigned activation codes with signed weight codes and adds exactly, like vpdpbusd.
 #include <algorithm>
 #include <cstring>
 
@@ -26,73 +24,16 @@ constexpr int64_t kStep = kRowBytes;  // input channels
 inline int64_t chunk_for(const TokenTiles& tiles) { return tiles.blocks() == 1 ? 256 : 512; }
 static_assert(kStep % layout::kBlockCodes == 0, "a step must be whole periods of every width");
 
-// Expands a chunk of a panel, a step with every call.
+// Of a last half step the other half is whatever was there: it meets codes of tokens that are zero.
 template <int Bits>
-struct Expansion {
-  const uint32_t *words, *ahead;
-  uint32_t* expanded;
-  int64_t left;
-
-  SLIDERQUANT_INLINE void step() {
-    constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
+void expand_chunk(const uint32_t* words, const uint32_t* ahead, int64_t chunk, uint32_t* expanded) {
+  constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
+  for (int64_t k = 0; k < chunk; k += kStep) {
     prefetch_words<kWords>(ahead);
-    // Of a last half step the other half is whatever was there: it meets codes of tokens that are zero.
-    expand_quads<Bits>(words, std::min(left, kStep), expanded);
+    expand_quads<Bits>(words, std::min(chunk - k, kStep), expanded);
     words += kWords;
     ahead += kWords;
     expanded += kStepWords;
-    left -= kStep;
-  }
-};
-
-// How sums enter and leave the registers of a block.
-struct Passage {
-  bool zero, load, store;
-};
-
-// sums[tokens of the block, 32] += what a chunk gives, for two tiles of tokens.
-template <class Next>
-void two_tiles(const std::byte* codes, const uint32_t* expanded, int64_t steps, int64_t rows, Passage passage,
-               int32_t* sums, Next& next) {
-  const int64_t tile_bytes = rows * kRowBytes;
-  int32_t* second = sums + rows * layout::kPanelRows;
-  if (passage.zero) zero_tiles<kSum00, 4>();
-  if (passage.load) load_sums<kSum00>(sums), load_sums<kSum10>(second);
-  for (int64_t step = 0; step < steps; ++step) {
-    load_weights(expanded);
-    dot_two<DotInt8>(codes, tile_bytes);
-    next.turn();
-    expanded += kStepWords;
-    codes += 2 * tile_bytes;
-  }
-  if (passage.store) store_sums<kSum00>(sums), store_sums<kSum10>(second);
-}
-
-// The same for one tile; steps take turns between two sets of sums.
-template <class Next>
-void one_tile(const std::byte* codes, const uint32_t* expanded, int64_t steps, int64_t rows, Passage passage,
-              int32_t* sums, Next& next) {
-  const int64_t tile_bytes = rows * kRowBytes;
-  if (passage.zero) zero_tiles<kSum00, 2>();
-  if (passage.load) load_sums<kSum00>(sums);
-  if (passage.zero || passage.load) zero_tiles<kSum10, 2>();
-  for (int64_t step = 0; step < steps; step += 2) {
-    load_weights(expanded);
-    dot_one<DotInt8, false>(codes);
-    next.turn();
-    if (step + 1 == steps) break;
-    load_weights(expanded + kStepWords);
-    dot_one<DotInt8, true>(codes + tile_bytes);
-    next.turn();
-    expanded += 2 * kStepWords;
-    codes += 2 * tile_bytes;
-  }
-  if (!passage.store) return;
-  alignas(64) int32_t odd[kTileRows * layout::kPanelRows];
-  store_sums<kSum00>(sums);
-  store_sums<kSum10>(odd);
-  for (int64_t i = 0; i < rows * layout::kPanelRows; i += layout::kVectorRows) {
-    _mm512_store_si512(sums + i, _mm512_add_epi32(_mm512_load_si512(sums + i), _mm512_load_si512(odd + i)));
   }
 }
 
@@ -103,26 +44,26 @@ void panels(const IntegerGemm& a, const PackedTokens& packed, const std::byte* c
   const bool resident = tiles.blocks() == 1;  // its sums stay in registers from chunk to chunk of a panel
   const int64_t sharing = resident ? 1 : std::min<int64_t>(kSharingPanels, end - begin);
   const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  const int64_t room = 2 * packed.chunk / kStep * kStepWords;
+  const int64_t room = packed.chunk / kStep * kStepWords;
   auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
   auto* sums = reinterpret_cast<int32_t*>(expanded + room);
   const Walk walk = {begin, end, sharing, a.k, packed.chunk};
   const TileState state(tiles.rows);
-  walk_chunks<Bits, kStep>(
-      walk, a.w, tiles.blocks(), expanded,
+  walk_chunks<Bits>(
+      walk, a.w, expanded,
       [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
-        return Expansion<Bits>{words, ahead, into, walk.chunk_at(at.k)};
+        expand_chunk<Bits>(words, ahead, walk.chunk_at(at.k), into);
       },
-      [&](const auto& at, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
+      [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
         const int64_t steps = (walk.chunk_at(at.k) + kStep - 1) / kStep;
         const Passage passage = {at.k == 0, at.k > 0 && !resident, !resident || at.k + packed.chunk >= a.k};
         for (int64_t block = 0; block < tiles.blocks(); ++block) {
           const std::byte* tokens = codes + packed.block(at.k / kStep, steps, block);
           int32_t* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
           if (2 * block + 1 < tiles.count) {
-            two_tiles(tokens, weights, steps, tiles.rows, passage, into, next);
+            two_tiles<DotInt8, 1>(tokens, weights, steps, tiles.rows, passage, into);
           } else {
-            one_tile(tokens, weights, steps, tiles.rows, passage, into, next);
+            one_tile<DotInt8, 1>(tokens, weights, steps, tiles.rows, passage, into);
           }
         }
       },

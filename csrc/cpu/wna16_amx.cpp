@@ -3,17 +3,16 @@
 // Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, tile up to 16 of them,
 // block two tiles, k input channel, step 32 of them, g scale group.
 //
-// A code less its zero point becomes an integer in bf16, which is exact, and meets pairs of x in tdpbf16ps. The fp32
-// sums of a group leave the tiles, and the scale of the group multiplies them on their way into the sums of all groups.
-// Nothing but the final result is rounded to 16 bits. fp16 x is split exactly into the sum of two bf16 terms.
+// A code less its zero point becomes an integer in bf16, which is exact, and meets pairs of x in tdpbf16ps. fp16 x is
+// split exactly into the sum of two bf16 terms.
 //
-// While tiles multiply a chunk of a panel, vector units expand the next one, a step at a time, and add the sums of the
-// group before: the processor looks some hundred cycles ahead, and a step of a block takes it 64.
-//
-// The scales could be multiplied into the weights, as those who round dequantized weights to bf16 do. That would save
-// the way of the sums through memory, but cost 2^-9 of every weight and most of what it saves in the expansion.
+// Up to two tiles of tokens, and in fp16, nothing but the result is rounded to 16 bits: the fp32 sums of a group leave
+// the tiles, and the scale of the group multiplies them on their way into the sums of all groups, which takes as long
+// as the products. Of more tokens in bf16 the scale is multiplied into the expanded weights, and sums stay in the tiles
+// from group to group. That costs an error of about 2^-8 of a weight at most, and 1.7e-3 of the result become 2.2e-3.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "amx.h"
 #include "api.h"
@@ -34,47 +33,42 @@ static_assert(few_tokens(8) <= kFixedPointTokens, "fixed_point_wna16 takes no mo
 constexpr int64_t kStep = kRowBytes / 2;  // input channels
 static_assert(kStep == layout::kBlockCodes, "a step must be whole periods and lie in one group");
 
-// Input channels per expansion, and panels that share a chunk of the tokens. Few tokens wait for what is expanded, which
-// must still be in L1; with many of them a small chunk of theirs leaves L2 to the sums. Measured.
+// Input channels per expansion, and panels that share a chunk of the tokens. What is expanded must stay in L1; of few
+// tokens the chunks of all panels do too, and of many those of some panels meet one in L2. Measured.
 struct Blocking {
   int64_t chunk, sharing;
 };
 inline Blocking blocking_for(const TokenTiles& tiles) {
-  constexpr Blocking kFew = {128, 1}, kSome = {256, 8}, kMany = {128, 32};
-  static_assert(kFew.chunk % 128 == 0 && kSome.chunk % 128 == 0 && kMany.chunk % 128 == 0,
-                "a chunk must hold whole groups");
-  return tiles.blocks() == 1 ? kFew : tiles.blocks() <= 4 ? kSome : kMany;
+  constexpr Blocking kFew = {128, 1}, kMany = {256, 16};
+  static_assert(kFew.chunk % 128 == 0 && kMany.chunk % 128 == 0, "a chunk must hold whole groups");
+  return tiles.blocks() == 1 ? kFew : kMany;
 }
 
-// Expands a chunk of a panel, a step with every call.
-template <int Bits, bool HasZero>
-struct Expansion {
-  const Wna16& a;
-  const Expand<Bits, HasZero>& expand;
-  const uint32_t *words, *ahead;
-  uint32_t* expanded;
-  int64_t n0, g, part;  // the group of the next step, and its input channels within the chunk
-  int64_t left = 0;     // of the present group
-  __m512i zero[kTiles] = {};
-
-  SLIDERQUANT_INLINE void step() {
-    constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
-    prefetch_words<kWords>(ahead);
-    if (left == 0) {
-      left = part;
-      prefetch_scale(a, g + kScalePrefetch, n0);
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        if constexpr (HasZero) zero[T] = load_zero_bytes(a, g, n0 + T * layout::kVectorRows);
-      });
-      ++g;
+// Expands a chunk of the panel at n0, or what the last group has of it.
+template <int Bits, bool HasZero, class Scale>
+void expand_chunk(const Wna16& a, const Expand<Bits, HasZero>& expand, const uint32_t* words, const uint32_t* ahead,
+                  int64_t n0, int64_t k0, int64_t chunk, uint32_t* expanded) {
+  constexpr int64_t kWords = layout::row_words(Bits, kStep) * layout::kPanelRows;
+  const int64_t part = std::min(a.group, chunk);
+  for (int64_t k = 0; k < chunk; k += part) {
+    const int64_t g = (k0 + k) / a.group;
+    prefetch_scale(a, g + kScalePrefetch, n0);
+    __m512i zero[kTiles] = {};
+    Scale scale = {};
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      const int64_t n = n0 + T * layout::kVectorRows;
+      if constexpr (HasZero) zero[T] = load_zero_bytes(a, g, n);
+      if constexpr (std::is_same_v<Scale, Scaled>) scale.template set<T>(load_scale(a, g, n));
+    });
+    for (int64_t step = 0; step < part; step += kStep) {
+      prefetch_words<kWords>(ahead);
+      expand_pairs(expand, words, kStep, zero, expanded, scale);
+      words += kWords;
+      ahead += kWords;
+      expanded += kStepWords;
     }
-    expand_pairs(expand, words, kStep, zero, expanded);
-    words += kWords;
-    ahead += kWords;
-    expanded += kStepWords;
-    left -= kStep;
   }
-};
+}
 
 // The sums of a group, on their way from tiles to the sums of all groups: some rows with every turn of the group that
 // follows. All at once, their stores would fill the processor's buffer of them and keep it from looking further ahead.
@@ -90,8 +84,7 @@ class GroupSums {
   SLIDERQUANT_INLINE void add(const Wna16& a, int64_t g, int64_t n0, int64_t tokens, bool both, int64_t turns,
                               float* sums) {
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      const int64_t n = n0 + T * layout::kVectorRows;
-      scale_[T] = _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + g * a.n + n);
+      scale_[T] = load_scale(a, g, n0 + T * layout::kVectorRows);
     });
     from_ = buffers_[buffer_];
     buffer_ ^= 1;
@@ -145,9 +138,9 @@ struct Groups {
 
 // sums[tokens of the block, 32] += what a chunk gives, for one tile of tokens or two. With one, steps take turns between
 // two sets of sums.
-template <int Terms, bool TwoTiles, class Next>
+template <int Terms, bool TwoTiles>
 void multiply_block(const Wna16& a, const std::byte* x, const uint32_t* expanded, const Groups& groups, int64_t rows,
-                    float* sums, GroupSums& group_sums, Next& next) {
+                    float* sums, GroupSums& group_sums) {
   const int64_t tile_bytes = rows * kRowBytes;
   for (int64_t g = 0; g < groups.count; ++g) {
     zero_tiles<kSum00, 4>();
@@ -161,7 +154,6 @@ void multiply_block(const Wna16& a, const std::byte* x, const uint32_t* expanded
         }
         x += (TwoTiles ? 2 : 1) * tile_bytes;
       });
-      next.turn();
       group_sums.turn();
       expanded += kStepWords;
     };
@@ -176,12 +168,16 @@ void multiply_block(const Wna16& a, const std::byte* x, const uint32_t* expanded
   }
 }
 
+template <bool ScaleChannels>
 void store_panels(const Wna16& a, int64_t begin, int64_t end, int64_t panel_sums, const float* sums) {
   for (int64_t m = 0; m < a.m; ++m, sums += layout::kPanelRows) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const float* sum = sums + (panel - begin) * panel_sums;
-      store_row(a, m, panel * layout::kPanelRows, _mm512_load_ps(sum));
-      store_row(a, m, panel * layout::kPanelRows + layout::kVectorRows, _mm512_load_ps(sum + layout::kVectorRows));
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        const int64_t n = panel * layout::kPanelRows + T * layout::kVectorRows;
+        __m512 sum = _mm512_load_ps(sums + (panel - begin) * panel_sums + T * layout::kVectorRows);
+        if constexpr (ScaleChannels) sum = _mm512_mul_ps(sum, load_scale(a, 0, n));
+        store_row(a, m, n, sum);
+      });
     }
   }
 }
@@ -192,7 +188,7 @@ void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int6
   const TokenTiles tiles = packed.tiles;
   const int64_t sharing = std::min(blocking_for(tiles).sharing, end - begin);
   const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  const int64_t room = 2 * packed.chunk / kStep * kStepWords;
+  const int64_t room = packed.chunk / kStep * kStepWords;
   auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
   auto* sums = reinterpret_cast<float*>(expanded + room);
   const Expand<Bits, HasZero> expand;
@@ -200,29 +196,67 @@ void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int6
   const TileState state(tiles.rows);
   GroupSums group_sums(tiles.rows);
   std::fill(sums, sums + sharing * panel_sums, 0.0f);
-  walk_chunks<Bits, kStep>(
-      walk, a.w, tiles.blocks(), expanded,
+  walk_chunks<Bits>(
+      walk, a.w, expanded,
       [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
-        return Expansion<Bits, HasZero>{a, expand, words, ahead, into, at.panel * layout::kPanelRows, at.k / a.group,
-                                        std::min(a.group, walk.chunk_at(at.k))};
+        expand_chunk<Bits, HasZero, Unscaled>(a, expand, words, ahead, at.panel * layout::kPanelRows, at.k,
+                                              walk.chunk_at(at.k), into);
       },
-      [&](const auto& at, const uint32_t* weights, auto& next) SLIDERQUANT_INLINE {
+      [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
         const int64_t chunk = walk.chunk_at(at.k), part = std::min(a.group, chunk), steps = chunk / kStep;
         const Groups groups = {at.k / a.group, chunk / part, part / kStep, at.panel * layout::kPanelRows};
         for (int64_t block = 0; block < tiles.blocks(); ++block) {
           const std::byte* tokens = x + packed.block(at.k / kStep, steps, block);
           float* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
           if (2 * block + 1 < tiles.count) {
-            multiply_block<Terms, true>(a, tokens, weights, groups, tiles.rows, into, group_sums, next);
+            multiply_block<Terms, true>(a, tokens, weights, groups, tiles.rows, into, group_sums);
           } else {
-            multiply_block<Terms, false>(a, tokens, weights, groups, tiles.rows, into, group_sums, next);
+            multiply_block<Terms, false>(a, tokens, weights, groups, tiles.rows, into, group_sums);
           }
         }
       },
       [&](int64_t first, int64_t last) {
         group_sums.rest();
-        store_panels(a, first, last, panel_sums, sums);
+        store_panels<false>(a, first, last, panel_sums, sums);
         std::fill(sums, sums + (last - first) * panel_sums, 0.0f);
+      });
+}
+
+// Sums stay in the tiles from group to group of a chunk. The scale of a group is multiplied into its weights, that of a
+// whole channel into its sums in the end.
+template <int Bits, int Terms, bool HasZero, class Scale>
+void panels_of_many(const Wna16& a, const PackedTokens& packed, const std::byte* x, int64_t begin, int64_t end) {
+  thread_local Scratch scratch;
+  const TokenTiles tiles = packed.tiles;
+  const int64_t sharing = std::min(blocking_for(tiles).sharing, end - begin);
+  const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
+  const int64_t room = packed.chunk / kStep * kStepWords;
+  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
+  auto* sums = reinterpret_cast<float*>(expanded + room);
+  const Expand<Bits, HasZero> expand;
+  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
+  const TileState state(tiles.rows);
+  walk_chunks<Bits>(
+      walk, a.w, expanded,
+      [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
+        expand_chunk<Bits, HasZero, Scale>(a, expand, words, ahead, at.panel * layout::kPanelRows, at.k,
+                                           walk.chunk_at(at.k), into);
+      },
+      [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
+        const int64_t steps = walk.chunk_at(at.k) / kStep;
+        const Passage passage = {at.k == 0, at.k > 0, true};
+        for (int64_t block = 0; block < tiles.blocks(); ++block) {
+          const std::byte* tokens = x + packed.block(at.k / kStep, steps, block);
+          float* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
+          if (2 * block + 1 < tiles.count) {
+            two_tiles<DotBf16, Terms>(tokens, weights, steps, tiles.rows, passage, into);
+          } else {
+            one_tile<DotBf16, Terms>(tokens, weights, steps, tiles.rows, passage, into);
+          }
+        }
+      },
+      [&](int64_t first, int64_t last) {
+        store_panels<std::is_same_v<Scale, Unscaled>>(a, first, last, panel_sums, sums);
       });
 }
 
@@ -253,18 +287,27 @@ void pack_tile(const Wna16& a, const PackedTokens& packed, int64_t tile, std::by
 
 using RunPanels = void (*)(const Wna16&, const PackedTokens&, const std::byte*, int64_t, int64_t);
 
-template <int Bits>
-RunPanels panels_of(int terms, bool has_zero) {
-  if (terms == 1) return has_zero ? panels<Bits, 1, true> : panels<Bits, 1, false>;
-  return has_zero ? panels<Bits, 2, true> : panels<Bits, 2, false>;
+template <int Bits, int Terms, bool HasZero>
+RunPanels panels_of(bool many, bool grouped) {
+  if (!many) return panels<Bits, Terms, HasZero>;
+  if constexpr (Terms == 1) {
+    if (grouped) return panels_of_many<Bits, Terms, HasZero, Scaled>;
+  }
+  return panels_of_many<Bits, Terms, HasZero, Unscaled>;
 }
 
-RunPanels panels_of(int bits, int terms, bool has_zero) {
+template <int Bits>
+RunPanels panels_of(int terms, bool has_zero, bool many, bool grouped) {
+  if (terms == 1) return has_zero ? panels_of<Bits, 1, true>(many, grouped) : panels_of<Bits, 1, false>(many, grouped);
+  return has_zero ? panels_of<Bits, 2, true>(many, grouped) : panels_of<Bits, 2, false>(many, grouped);
+}
+
+RunPanels panels_of(int bits, int terms, bool has_zero, bool many, bool grouped) {
   switch (bits) {
-    case 2: return panels_of<2>(terms, has_zero);
-    case 3: return panels_of<3>(terms, has_zero);
-    case 4: return panels_of<4>(terms, has_zero);
-    default: return panels_of<8>(terms, has_zero);
+    case 2: return panels_of<2>(terms, has_zero, many, grouped);
+    case 3: return panels_of<3>(terms, has_zero, many, grouped);
+    case 4: return panels_of<4>(terms, has_zero, many, grouped);
+    default: return panels_of<8>(terms, has_zero, many, grouped);
   }
 }
 
@@ -282,7 +325,8 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, x);
   });
-  const RunPanels run = panels_of(a.bits, packed.terms, a.zero != nullptr);
+  const bool grouped = a.group < a.k, many = tiles.blocks() > 1 && !(grouped && packed.terms > 1);
+  const RunPanels run = panels_of(a.bits, packed.terms, a.zero != nullptr, many, grouped);
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, packed, x, of.begin + begin, of.begin + end); });
 }

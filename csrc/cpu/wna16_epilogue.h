@@ -19,6 +19,11 @@ SLIDERQUANT_INLINE inline __m512i load_zero_bytes(const Wna16& a, int64_t g, int
   return _mm512_shuffle_epi8(zero, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C)));
 }
 
+// Scales of the same.
+SLIDERQUANT_INLINE inline __m512 load_scale(const Wna16& a, int64_t g, int64_t n) {
+  return _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + g * a.n + n);
+}
+
 // Group g of the panel at n, or of the next panel where g runs past the last one.
 SLIDERQUANT_INLINE inline void prefetch_scale(const Wna16& a, int64_t g, int64_t n) {
   const int64_t groups = a.k / a.group;
