@@ -13,18 +13,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import gpu_model
 from benchmarks.common import relative_error
+from benchmarks.gpu_ops import (
+    BASELINE,
+    Absent,
+    Contender,
+    bf16_contender,
+    grouped_product,
+    int4_contender,
+    int8_contender,
+    integer_contender,
+    integer_name,
+    marlin_contender,
+    op_name,
+    own_contender,
+)
 from sliderquant_vllm import ops
-from sliderquant_vllm.packing import pack_codes
 
 # gate_up, down, qkv and o of Llama-3 8B, gate_up of 70B on one of eight GPUs
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (7168, 8192)]
@@ -38,23 +48,7 @@ QUANTIZERS = {
     "silu_mul_quantize, Hadamard": ("silu_mul", 128),
 }
 TOKENS = [1, 4, 8, 16, 32, 64, 128, 512, 2048]
-BASELINE = "torch bf16"
 MICRO = 1e6
-
-
-@dataclass(frozen=True)
-class Contender:
-    name: str
-    bytes: int  # of the weights that one call reads
-    copies: int
-    run: Callable[[int, torch.Tensor], torch.Tensor]  # (copy of the weights, x) -> y
-    dense: torch.Tensor | None  # [N, K], what the weights stand for; None: not checked
-    seen: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double  # x as the op sees it
-    least_m: int = 1
-
-
-class Absent(Exception):
-    """A peer that this installation does not have."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,14 +141,6 @@ def widths(text: str) -> tuple[int, int]:
     return bits, activation_bits
 
 
-def op_name(bits: int, group_size: int) -> str:
-    return f"sliderquant W{bits}A16 {'per channel' if group_size == -1 else f'g{group_size}'}"
-
-
-def integer_name(bits_of_both: tuple[int, int]) -> str:
-    return "sliderquant W{}A{} per channel".format(*bits_of_both)
-
-
 def grouped_name(args: argparse.Namespace, bits_of_both: tuple[int, int], experts: int, top_k: int) -> str:
     own = op_name(bits_of_both[0], args.group_size) if bits_of_both[1] == 16 else integer_name(bits_of_both)
     return f"{own}, {top_k} of {experts} experts"
@@ -209,28 +195,6 @@ def measure_experts(
         torch.cuda.empty_cache()
 
 
-def grouped_product(
-    args: argparse.Namespace, experts: int, n: int, k: int, both: tuple[int, int]
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(x, offsets) -> y, with random weights."""
-    bits, activation_bits = both
-    groups = 1 if activation_bits < 16 or args.group_size == -1 else k // args.group_size
-    packed = torch.randint(0, 256, (experts * n, k * bits // 8), device="cuda", dtype=torch.uint8).view(torch.int32)
-    weight = ops.repack(packed, bits, activation_bits).unflatten(0, (experts, -1))
-    scale = torch.rand(experts, groups, n, device="cuda") * 0.02
-    zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, device="cuda")
-    if activation_bits == 16:
-        return lambda x, offsets: ops.wna16_gemm_grouped(x, offsets, weight, scale, zero, None, bits, args.group_size)
-    col_sum = torch.zeros(experts, n, dtype=torch.int32, device="cuda")
-    channels = (weight, scale[:, 0].contiguous(), zero[:, 0].contiguous(), col_sum)
-
-    def run(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
-        return ops.w4a4_gemm_grouped(*tokens, offsets, *channels, None, bits, x.dtype)
-
-    return run
-
-
 def measure_quantizers(args: argparse.Namespace, k: int, rows: list[dict], absent: dict[str, str]) -> None:
     if not ops.is_native("cuda"):
         absent["quantizers"] = "this library was built without CUDA kernels"
@@ -250,133 +214,6 @@ def measure_quantizers(args: argparse.Namespace, k: int, rows: list[dict], absen
             size = m * k * gpu_model.ROW_BYTES[kind]
             found = timed(Contender(name, size, 1, run, None), k, m, args.replays)
             rows.append({"op": f"sliderquant {name}", "n": 0, "k": k, "m": m} | found)
-
-
-def copies_of(size: int, cold: int) -> int:
-    return max(2, -(-cold // size))
-
-
-def bf16_contender(n: int, k: int, cold: int) -> Contender:
-    size = 2 * n * k
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_of(size, cold))]
-    return Contender(
-        BASELINE, size, len(weights), lambda copy, x: torch.nn.functional.linear(x, weights[copy]), weights[0]
-    )
-
-
-def int4_contender(n: int, k: int, cold: int) -> Contender:
-    """The int4 product that torch itself has: bf16, asymmetric, groups of 128."""
-    try:
-        codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-        scales = torch.randn(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
-        torch.ops.aten._weight_int4pack_mm(torch.ones(1, k, device="cuda").bfloat16(), packed, 128, scales)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        raise Absent(str(error).splitlines()[0]) from error
-    return Contender(
-        "torch int4",
-        n * k // 2,
-        len(weights),
-        lambda copy, x: torch.ops.aten._weight_int4pack_mm(x, weights[copy], 128, scales),
-        None,
-    )
-
-
-def int8_contender(n: int, k: int, cold: int, most: int) -> Contender:
-    """The int8 product that torch itself has, of codes that are there already: no scales, sums in int32."""
-    least_m = 17
-    codes = torch.randint(-128, 128, (max(most, least_m), k), device="cuda", dtype=torch.int8)
-    weights = [
-        torch.randint(-128, 128, (n, k), device="cuda", dtype=torch.int8).t() for _ in range(copies_of(n * k, cold))
-    ]
-    try:
-        torch._int_mm(codes[:least_m], weights[0])
-    except (RuntimeError, AttributeError) as error:
-        raise Absent(str(error).splitlines()[0]) from error
-    return Contender(
-        "torch int8, product alone",
-        n * k,
-        len(weights),
-        lambda copy, x: torch._int_mm(codes[: len(x)], weights[copy]),
-        None,
-        least_m=least_m,
-    )
-
-
-def marlin_contender(n: int, k: int, cold: int) -> Contender:
-    """What vLLM serves int4 with: bf16, symmetric, groups of 128."""
-    try:
-        from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
-        from vllm.scalar_type import scalar_types
-
-        kind = scalar_types.uint4b8
-        weight = torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
-        dense, packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128)
-        workspace = marlin_utils.marlin_make_workspace_new(packed.device)
-        no_zeros = torch.empty(0, dtype=torch.int32, device="cuda")
-        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
-
-        def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-            return marlin_utils.apply_gptq_marlin_linear(x, weights[copy], scales, no_zeros, workspace, kind, n, k)
-
-        run(0, torch.ones(1, k, device="cuda", dtype=torch.bfloat16))
-    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise Absent((str(error).splitlines() or [type(error).__name__])[0]) from error
-    return Contender("vLLM Marlin W4A16 g128", n * k // 2, len(weights), run, dense.T)
-
-
-def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int, kernel: str) -> Contender:
-    if not ops.is_native("cuda"):
-        raise Absent("this library was built without CUDA kernels")
-    groups = 1 if args.group_size == -1 else k // args.group_size
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
-    scale = torch.rand(groups, n, device="cuda") * 0.02 + 0.001
-    zero = torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8, device="cuda")
-    if args.symmetric:
-        zero.fill_(2 ** (bits - 1))
-    dense = codes.float().unflatten(1, (groups, -1)) - zero.T.float()[..., None]
-    dense = (dense * scale.T[..., None]).flatten(1)
-    size = n * k * bits // 8
-    packed = ops.repack(pack_codes(codes, bits), bits)
-    weights = [packed.clone() for _ in range(copies_of(size, cold))]
-    zero = None if args.symmetric else zero
-
-    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-        os.environ["SLIDERQUANT_CUDA_WNA16"] = kernel
-        return ops.wna16_gemm(x, weights[copy], scale, zero, None, bits, args.group_size)
-
-    return Contender(op_name(bits, args.group_size), size, len(weights), run, dense)
-
-
-def integer_contender(
-    args: argparse.Namespace, n: int, k: int, both: tuple[int, int], cold: int, kernel: str
-) -> Contender:
-    if not ops.is_native("cuda"):
-        raise Absent("this library was built without CUDA kernels")
-    bits, activation_bits = both
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
-    scale = torch.rand(n, device="cuda") * 0.02 + 0.001
-    zero = torch.randint(0, 2**bits, (n,), dtype=torch.uint8, device="cuda")
-    if args.symmetric:
-        zero.fill_(2 ** (bits - 1))
-    dense = (codes.float() - zero.float()[:, None]) * scale[:, None]
-    size = n * k * bits // 8
-    col_sum = codes.sum(1, dtype=torch.int32)
-    packed = ops.repack(pack_codes(codes, bits), bits, activation_bits)
-    weights = [packed.clone() for _ in range(copies_of(size, cold))]
-    zero = None if args.symmetric else zero
-
-    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-        os.environ["SLIDERQUANT_CUDA_INTEGER"] = kernel
-        tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
-        return ops.w4a4_gemm(*tokens, weights[copy], scale, zero, col_sum, None, bits, x.dtype)
-
-    def seen(x: torch.Tensor) -> torch.Tensor:
-        codes, scale, zero, _ = ops.quantize_per_token(x, activation_bits, args.symmetric)
-        return (codes.double() - zero[:, None]) * scale[:, None].double()
-
-    return Contender(integer_name(both), size, len(weights), run, dense, seen)
 
 
 def timed(contender: Contender, k: int, m: int, replays: int) -> dict:

@@ -1,4 +1,4 @@
-"""Matrix products of the calibration, one with a Hadamard matrix among them."""
+"""What the calibration computes with gradients of its own: linears, norms, the Hadamard transform, attention."""
 
 from __future__ import annotations
 
