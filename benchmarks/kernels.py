@@ -1,6 +1,6 @@
 """Times our CPU kernels against those that vLLM and torch serve, all in one process, and prints one table per shape.
 
-    python -m benchmarks.kernels --shapes 4096x4096 --m 1 16 256 --threads 1 2
+    python -m benchmarks.kernels --shapes qwen2.5-7b 4096x4096 --m 1 16 256 --threads 1 2
 
 Weights rotate through more copies than the caches hold, contenders take turns, and each time is a median. Activation
 quantization counts where an op needs it. The error of an op is that against the float64 product of the weights that
@@ -23,11 +23,19 @@ from pathlib import Path
 
 GIGA = 1e9
 KINDS = ("bf16", "int8")  # of multiplications
+# o, gate_up and down
+MODELS = {
+    "llama3-8b": [(4096, 4096), (28672, 4096), (4096, 14336)],
+    "qwen2.5-7b": [(3584, 3584), (37888, 3584), (3584, 18944)],
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", type=shape, default=[(4096, 4096), (28672, 4096), (4096, 14336)])
+    known = ", ".join(MODELS)
+    parser.add_argument(
+        "--shapes", nargs="+", type=shapes, default=[MODELS["llama3-8b"]], help=f"NxK such as 4096x14336, or {known}"
+    )
     parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="tokens")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=21, help="calls that a median is taken of")
@@ -35,17 +43,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw the rooflines here, a picture")
     parser.add_argument("--cpu", action="store_true", help="compare on the CPU although there is a GPU")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.shapes = [each for several in args.shapes for each in several]
+    return args
 
 
-def shape(text: str) -> tuple[int, int]:
+def shapes(text: str) -> list[tuple[int, int]]:
+    """Those of a model, or the one that the text says."""
+    if text in MODELS:
+        return MODELS[text]
     try:
         n, k = (int(part) for part in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NxK such as 4096x14336, found {text!r}") from None
+        expected = f"NxK such as 4096x14336, or one of {', '.join(MODELS)}"
+        raise argparse.ArgumentTypeError(f"expected {expected}; found {text!r}") from None
     if n % 32 or k % 128:
         raise argparse.ArgumentTypeError(f"{text}: the peers need N a multiple of 32 and K of 128")
-    return n, k
+    return [(n, k)]
 
 
 def main(argv: list[str] | None = None) -> None:

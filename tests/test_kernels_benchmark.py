@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.kernels import draw, fraction, peaks
+from benchmarks.kernels import MODELS, draw, fraction, parse, peaks
 from sliderquant_vllm import ops
 
 
@@ -27,6 +27,18 @@ def test_without_a_measured_peak_memory_is_the_limit():
     measured = row("ours", "bf16", 256, 20.0)
     del measured["bf16_gop_per_s"]
     assert fraction(measured) == pytest.approx(0.01)
+
+
+def test_shapes_are_those_of_models_or_any():
+    assert parse(["--shapes", "64x128", "qwen2.5-7b"]).shapes == [(64, 128), *MODELS["qwen2.5-7b"]]
+    assert parse([]).shapes == MODELS["llama3-8b"]
+
+
+@pytest.mark.parametrize(("text", "words"), [("llama", "one of llama3-8b"), ("4096x100", "K of 128")])
+def test_other_shapes_are_refused(capsys, text, words):
+    with pytest.raises(SystemExit):
+        parse(["--shapes", text])
+    assert words in capsys.readouterr().err
 
 
 def test_rooflines_are_drawn(tmp_path):
