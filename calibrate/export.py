@@ -92,6 +92,7 @@ class Written:
             linear.computed = (weight.float().to(device), bias, weight.shape[1] if linear.scheme else 0)
         for path, norm in block.norms.items():
             norm.norm.weight.copy_(tensors[f"{path}.weight"])
+            norm.prepare(None)
         block.layer.self_attn.kv_scheme = block.kv_scheme
         return block
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sliderquant_vllm import ops
 from sliderquant_vllm.format import Override, WeightScheme
 from tests.helpers import TINY_LLAMA, write_compressed_tensors, write_dequantized, write_rtn_checkpoint
 from tests.serving.engine import assert_same, score
@@ -34,7 +35,8 @@ def test_every_scheme(in_engine, tmp_path, bits, symmetric):
     )
     in_bf16 = in_engine(score, quantized, check_linears=True)
     assert len(in_bf16.errors) == 12 * 4
-    assert max(in_bf16.errors.values()) < 5e-4, in_bf16.errors
+    # With tiles the kernels round the weights of groups for this many tokens.
+    assert max(in_bf16.errors.values()) < (4e-3 if ops.host().isa() == "amx" else 5e-4), in_bf16.errors
     # In bf16, rounding alone (of the dequantized weights, or in another order of addition) moves the
     # log-probability of a token by 0.016 on average: whole models are compared in fp16.
     expected = write_dequantized(quantized, tmp_path / "16bit", torch.float16)
