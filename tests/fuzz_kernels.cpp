@@ -200,47 +200,119 @@ void integer_gemm() {
   }
 }
 
-// The transform of a run by its definition, in float64.
-std::vector<double> transformed(const std::vector<uint16_t>& x, Float type, int64_t at, int64_t count, int64_t block) {
-  std::vector<double> y(count);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < block; ++j) {
-      const double value = load_float(x.data(), type, at + i / block * block + j);
-      y[i] += __builtin_parityll(static_cast<uint64_t>(i % block & j)) != 0 ? -value : value;
+// The transform of runs of values by its definition, in float64.
+std::vector<double> transformed(const std::vector<double>& x, int64_t block) {
+  std::vector<double> y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    for (size_t j = 0; j < static_cast<size_t>(block); ++j) {
+      const double value = x[i / block * block + j];
+      y[i] += __builtin_parityll(i % block & j) != 0 ? -value : value;
     }
     y[i] /= std::sqrt(static_cast<double>(block));
   }
   return y;
 }
 
-void rows() {
-  Case c = random_case(false);
-  const int64_t block = int64_t{1} << between(0, 6);
-  c.m = between(1, 6), c.k = block * between(1, 9), c.bits = static_cast<int>(between(2, 8));
-  const int64_t stride = c.k + between(0, 7);
-  const auto x = random_halves((c.m - 1) * stride + c.k, c.type);
-  std::vector<uint8_t> codes(c.m * c.k);
-  std::vector<float> scale(c.m);
-  std::vector<int32_t> zero(c.m), row_sum(c.m);
-  Quantize q = {};
-  q.x = x.data(), q.x_type = c.type, q.x_stride = stride, q.codes = codes.data(), q.scale = scale.data();
-  q.zero = zero.data(), q.row_sum = row_sum.data(), q.m = c.m, q.k = c.k, q.block = block, q.bits = c.bits;
-  q.symmetric = c.symmetric;
-  cpu::kernels().quantize(q, serial);
-  const auto dense = random_halves(c.m * c.k, c.type);
-  std::vector<uint16_t> y(c.m * c.k);
-  cpu::kernels().hadamard({dense.data(), y.data(), c.type, c.m, c.k, block}, serial);
-  for (int64_t m = 0; m < c.m; ++m) {
-    const auto exact = transformed(x, c.type, m * stride, c.k, block);
-    const auto turned = transformed(dense, c.type, m * c.k, c.k, block);
+// Tokens that a quantizer reads, and what it writes.
+struct Rows {
+  Case c;
+  int64_t block, stride;
+  std::vector<uint16_t> x;
+  std::vector<uint8_t> codes;
+  std::vector<float> scale;
+  std::vector<int32_t> zero, row_sum;
+
+  explicit Rows(int64_t width) : c(random_case(false)), block(int64_t{1} << between(0, 6)) {
+    c.m = between(1, 6), c.k = block * between(1, 9), c.bits = static_cast<int>(between(2, 8));
+    stride = width * c.k + between(0, 7);
+    x = random_halves((c.m - 1) * stride + width * c.k, c.type);
+    codes.resize(c.m * c.k), scale.resize(c.m), zero.resize(c.m), row_sum.resize(c.m);
+  }
+
+  Quantize arguments() {
+    Quantize q = {};
+    q.x = x.data(), q.x_type = c.type, q.x_stride = stride, q.codes = codes.data(), q.scale = scale.data();
+    q.zero = zero.data(), q.row_sum = row_sum.data(), q.m = c.m, q.k = c.k, q.block = block, q.bits = c.bits;
+    q.symmetric = c.symmetric;
+    return q;
+  }
+
+  double at(int64_t m, int64_t k) const { return load_float(x.data(), c.type, m * stride + k); }
+
+  // One row against the values that it stands for, which were rounded to 16 bits so many times on the way.
+  void check_row(const char* op, int64_t m, const std::vector<double>& values, int roundings) const {
+    const double half_ulp = c.type == Float::kBf16 ? 0x1p-8 : 0x1p-11;
+    double largest = 0;
+    for (const double value : values) largest = std::max(largest, std::abs(value));
+    const double apart = 1.01 * scale[m] + 1.1 * roundings * half_ulp * largest * std::sqrt(static_cast<double>(block));
+    const auto exact = transformed(values, block);
     int32_t sum = 0;
     for (int64_t k = 0; k < c.k; ++k) {
       const double value = (codes[m * c.k + k] - zero[m]) * static_cast<double>(scale[m]);
-      if (std::abs(value - exact[k]) > 1.01 * scale[m]) fail("quantize", c, value, exact[k]);
-      check("hadamard", c, load_float(y.data(), c.type, m * c.k + k), turned[k], 10, c.type);
+      if (!(std::abs(value - exact[k]) <= apart)) fail(op, c, value, exact[k]);
       sum += codes[m * c.k + k];
     }
     if (sum != row_sum[m]) fail("row_sum", c, row_sum[m], sum);
+  }
+};
+
+void quantize() {
+  Rows r(1);
+  cpu::kernels().quantize(r.arguments(), serial);
+  for (int64_t m = 0; m < r.c.m; ++m) {
+    std::vector<double> values(r.c.k);
+    for (int64_t k = 0; k < r.c.k; ++k) values[k] = r.at(m, k);
+    r.check_row("quantize", m, values, 0);
+  }
+}
+
+void hadamard() {
+  const Rows r(1);
+  const Case& c = r.c;
+  const auto dense = random_halves(c.m * c.k, c.type);
+  std::vector<uint16_t> y(c.m * c.k);
+  cpu::kernels().hadamard({dense.data(), y.data(), c.type, c.m, c.k, r.block}, serial);
+  std::vector<double> values(c.m * c.k);
+  for (int64_t i = 0; i < c.m * c.k; ++i) values[i] = load_float(dense.data(), c.type, i);
+  const auto exact = transformed(values, r.block);
+  for (int64_t i = 0; i < c.m * c.k; ++i) check("hadamard", c, load_float(y.data(), c.type, i), exact[i], 10, c.type);
+}
+
+void rms_norm_quantize() {
+  Rows r(1);
+  const Case& c = r.c;
+  const int64_t stride = c.k + between(0, 7);
+  const auto residual = random_halves((c.m - 1) * stride + c.k, c.type), weight = random_halves(c.k, c.type);
+  const bool added = coin();
+  std::vector<uint16_t> sum(c.m * c.k);
+  RmsNormQuantize a = {};
+  a.quantize = r.arguments(), a.weight = weight.data(), a.epsilon = 0.1f;
+  if (added) a.residual = residual.data(), a.residual_stride = stride, a.sum = sum.data();
+  cpu::kernels().rms_norm_quantize(a, serial);
+  for (int64_t m = 0; m < c.m; ++m) {
+    std::vector<double> values(c.k);
+    double squares = 0;
+    for (int64_t k = 0; k < c.k; ++k) {
+      values[k] = r.at(m, k) + (added ? load_float(residual.data(), c.type, m * stride + k) : 0);
+      if (added) check("sum", c, load_float(sum.data(), c.type, m * c.k + k), values[k], std::abs(values[k]), c.type);
+      squares += values[k] * values[k];
+    }
+    const double factor = 1 / std::sqrt(squares / static_cast<double>(c.k) + 0.1f);
+    for (int64_t k = 0; k < c.k; ++k) values[k] *= factor * load_float(weight.data(), c.type, k);
+    r.check_row("rms_norm_quantize", m, values, 2);
+  }
+}
+
+void silu_mul_quantize() {
+  Rows r(2);
+  cpu::kernels().silu_mul_quantize({r.arguments()}, serial);
+  for (int64_t m = 0; m < r.c.m; ++m) {
+    std::vector<double> values(r.c.k);
+    for (int64_t k = 0; k < r.c.k; ++k) {
+      const double gate = r.at(m, k);
+      values[k] = gate / (1 + std::exp(-gate)) * r.at(m, r.c.k + k);
+    }
+    r.check_row("silu_mul_quantize", m, values, 2);
   }
 }
 
@@ -287,7 +359,10 @@ int main(int, char** arguments) {
   for (int64_t i = 0; i < cases; ++i) {
     wna16();
     integer_gemm();
-    rows();
+    quantize();
+    hadamard();
+    rms_norm_quantize();
+    silu_mul_quantize();
     fake_quantize();
   }
   return 0;
