@@ -144,7 +144,7 @@ void wna16() {
   }
   // Tiles take dequantized weights in bf16 where there are many tokens.
   const bool rounds = cpu::choose_isa(std::getenv("SLIDERQUANT_ISA")) == "amx" && c.type == Float::kBf16 &&
-                      groups > 1 && c.m > 32;
+                      groups > 1 && c.m > 64;
   const double of_weights = rounds ? 1.4 * 0x1p-8 : 0;
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {

@@ -56,7 +56,7 @@ def integer_weight(weight: Weight) -> tuple:
 
 def error_of_weights(x: torch.Tensor, group_size: int) -> float:
     """The largest relative one with which the CPU kernels that are selected dequantize weights for these tokens."""
-    rounds = ops.host().isa() == "amx" and x.dtype == torch.bfloat16 and len(x) > 32 and group_size != -1
+    rounds = ops.host().isa() == "amx" and x.dtype == torch.bfloat16 and len(x) > 64 and group_size != -1
     return 1.4 * 2**-8 if rounds else 0.0
 
 

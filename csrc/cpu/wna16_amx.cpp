@@ -6,7 +6,7 @@
 // A code less its zero point becomes an integer in bf16, which is exact, and meets pairs of x in tdpbf16ps. fp16 x is
 // split exactly into the sum of two bf16 terms.
 //
-// Up to two tiles of tokens, and in fp16, nothing but the result is rounded to 16 bits: the fp32 sums of a group leave
+// Up to four tiles of tokens, and in fp16, nothing but the result is rounded to 16 bits: the fp32 sums of a group leave
 // the tiles, and the scale of the group multiplies them on their way into the sums of all groups, which takes as long
 // as the products. Of more tokens in bf16 the scale is multiplied into the expanded weights, and sums stay in the tiles
 // from group to group. That costs an error of about 2^-8 of a weight at most, and 1.7e-3 of the result become 2.2e-3.
@@ -325,7 +325,8 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, x);
   });
-  const bool grouped = a.group < a.k, many = tiles.blocks() > 1 && !(grouped && packed.terms > 1);
+  const bool grouped = a.group < a.k;
+  const bool many = grouped ? tiles.blocks() > 2 && packed.terms == 1 : tiles.blocks() > 1;
   const RunPanels run = panels_of(a.bits, packed.terms, a.zero != nullptr, many, grouped);
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, packed, x, of.begin + begin, of.begin + end); });
