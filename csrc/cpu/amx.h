@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../layout.h"
+#include "api.h"
 #include "avx512.h"
 
 namespace sliderquant::cpu::amx {
@@ -196,6 +197,16 @@ SLIDERQUANT_INLINE inline void one_tile(const std::byte* tokens, const uint32_t*
   }
 }
 
+template <class Dot, int Terms, bool TwoTiles, class Sum>
+SLIDERQUANT_INLINE inline void add_tiles(const std::byte* tokens, const uint32_t* expanded, int64_t steps, int64_t rows,
+                                         Passage passage, Sum* sums) {
+  if constexpr (TwoTiles) {
+    two_tiles<Dot, Terms>(tokens, expanded, steps, rows, passage, sums);
+  } else {
+    one_tile<Dot, Terms>(tokens, expanded, steps, rows, passage, sums);
+  }
+}
+
 // Where a step of tokens lies that were packed to [chunks of k][blocks of two tiles][steps][terms][tiles][rows of 64
 // bytes], a compact copy: rows that lie a power of two apart compete for one cache set.
 struct PackedTokens {
@@ -256,6 +267,44 @@ SLIDERQUANT_INLINE inline void walk_chunks(const Walk& walk, const uint32_t* w, 
     multiply(at, expanded);
     if (walk.ends_sharing(at)) store(at.first, walk.last(at.first));
     at = following;
+  }
+}
+
+// What a range of panels is worked on with: room for an expanded chunk and for the sums of the panels that share one.
+template <class Sum>
+struct PanelRoom {
+  Walk walk;
+  int64_t panel_sums;
+  uint32_t* expanded;
+  Sum* sums;
+  TileState state;
+
+  PanelRoom(Scratch& scratch, const PackedTokens& packed, int64_t step, int64_t sharing, int64_t k, int64_t begin,
+            int64_t end)
+      : walk{begin, end, std::min(sharing, end - begin), k, packed.chunk},
+        panel_sums(packed.tiles.tokens() * layout::kPanelRows),
+        state(packed.tiles.rows) {
+    const int64_t room = packed.chunk / step * kStepWords;
+    expanded = scratch.get<uint32_t>(room + sums_count());
+    sums = reinterpret_cast<Sum*>(expanded + room);
+  }
+  int64_t sums_count() const { return walk.sharing * panel_sums; }
+  Sum* of(const Walk::Position& at) const { return sums + (at.panel - at.first) * panel_sums; }
+};
+
+// multiply.operator()<TwoTiles>(tokens, sums) for every block of the tokens in a chunk that comes after `before` steps.
+template <class Sum, class Multiply>
+SLIDERQUANT_INLINE inline void for_blocks(const PackedTokens& packed, const std::byte* x, int64_t before, int64_t steps,
+                                          Sum* sums, const Multiply& multiply) {
+  const TokenTiles& tiles = packed.tiles;
+  for (int64_t block = 0; block < tiles.blocks(); ++block) {
+    const std::byte* tokens = x + packed.block(before, steps, block);
+    Sum* into = sums + 2 * block * tiles.rows * layout::kPanelRows;
+    if (2 * block + 1 < tiles.count) {
+      multiply.template operator()<true>(tokens, into);
+    } else {
+      multiply.template operator()<false>(tokens, into);
+    }
   }
 }
 

@@ -40,34 +40,22 @@ void expand_chunk(const uint32_t* words, const uint32_t* ahead, int64_t chunk, u
 template <int Bits>
 void panels(const IntegerGemm& a, const PackedTokens& packed, const std::byte* codes, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
-  const TokenTiles tiles = packed.tiles;
-  const bool resident = tiles.blocks() == 1;  // its sums stay in registers from chunk to chunk of a panel
-  const int64_t sharing = resident ? 1 : std::min<int64_t>(kSharingPanels, end - begin);
-  const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  const int64_t room = packed.chunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
-  auto* sums = reinterpret_cast<int32_t*>(expanded + room);
-  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
-  const TileState state(tiles.rows);
+  const bool resident = packed.tiles.blocks() == 1;  // its sums stay in registers from chunk to chunk of a panel
+  const PanelRoom<int32_t> room(scratch, packed, kStep, resident ? 1 : kSharingPanels, a.k, begin, end);
   walk_chunks<Bits>(
-      walk, a.w, expanded,
+      room.walk, a.w, room.expanded,
       [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
-        expand_chunk<Bits>(words, ahead, walk.chunk_at(at.k), into);
+        expand_chunk<Bits>(words, ahead, room.walk.chunk_at(at.k), into);
       },
       [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
-        const int64_t steps = (walk.chunk_at(at.k) + kStep - 1) / kStep;
+        const int64_t steps = (room.walk.chunk_at(at.k) + kStep - 1) / kStep;
         const Passage passage = {at.k == 0, at.k > 0 && !resident, !resident || at.k + packed.chunk >= a.k};
-        for (int64_t block = 0; block < tiles.blocks(); ++block) {
-          const std::byte* tokens = codes + packed.block(at.k / kStep, steps, block);
-          int32_t* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
-          if (2 * block + 1 < tiles.count) {
-            two_tiles<DotInt8, 1>(tokens, weights, steps, tiles.rows, passage, into);
-          } else {
-            one_tile<DotInt8, 1>(tokens, weights, steps, tiles.rows, passage, into);
-          }
-        }
+        for_blocks(packed, codes, at.k / kStep, steps, room.of(at),
+                   [&]<bool Two>(const std::byte* tokens, int32_t* into) SLIDERQUANT_INLINE {
+                     add_tiles<DotInt8, 1, Two>(tokens, weights, steps, packed.tiles.rows, passage, into);
+                   });
       },
-      [&](int64_t first, int64_t last) { store_panels(a, first, last, panel_sums, sums); });
+      [&](int64_t first, int64_t last) { store_panels(a, first, last, room.panel_sums, room.sums); });
 }
 
 // Packs the codes of a tile of tokens where PackedTokens has them.

@@ -44,7 +44,7 @@ inline Blocking blocking_for(const TokenTiles& tiles) {
   return tiles.blocks() == 1 ? kFew : kMany;
 }
 
-// Expands a chunk of the panel at n0, or what the last group has of it.
+// Expands a chunk of the panel at n0.
 template <int Bits, bool HasZero, class Scale>
 void expand_chunk(const Wna16& a, const Expand<Bits, HasZero>& expand, const uint32_t* words, const uint32_t* ahead,
                   int64_t n0, int64_t k0, int64_t chunk, uint32_t* expanded) {
@@ -185,40 +185,28 @@ void store_panels(const Wna16& a, int64_t begin, int64_t end, int64_t panel_sums
 template <int Bits, int Terms, bool HasZero>
 void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
-  const TokenTiles tiles = packed.tiles;
-  const int64_t sharing = std::min(blocking_for(tiles).sharing, end - begin);
-  const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  const int64_t room = packed.chunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
-  auto* sums = reinterpret_cast<float*>(expanded + room);
+  const PanelRoom<float> room(scratch, packed, kStep, blocking_for(packed.tiles).sharing, a.k, begin, end);
   const Expand<Bits, HasZero> expand;
-  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
-  const TileState state(tiles.rows);
-  GroupSums group_sums(tiles.rows);
-  std::fill(sums, sums + sharing * panel_sums, 0.0f);
+  GroupSums group_sums(packed.tiles.rows);
+  std::fill(room.sums, room.sums + room.sums_count(), 0.0f);
   walk_chunks<Bits>(
-      walk, a.w, expanded,
+      room.walk, a.w, room.expanded,
       [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
         expand_chunk<Bits, HasZero, Unscaled>(a, expand, words, ahead, at.panel * layout::kPanelRows, at.k,
-                                              walk.chunk_at(at.k), into);
+                                              room.walk.chunk_at(at.k), into);
       },
       [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
-        const int64_t chunk = walk.chunk_at(at.k), part = std::min(a.group, chunk), steps = chunk / kStep;
+        const int64_t chunk = room.walk.chunk_at(at.k), part = std::min(a.group, chunk);
         const Groups groups = {at.k / a.group, chunk / part, part / kStep, at.panel * layout::kPanelRows};
-        for (int64_t block = 0; block < tiles.blocks(); ++block) {
-          const std::byte* tokens = x + packed.block(at.k / kStep, steps, block);
-          float* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
-          if (2 * block + 1 < tiles.count) {
-            multiply_block<Terms, true>(a, tokens, weights, groups, tiles.rows, into, group_sums);
-          } else {
-            multiply_block<Terms, false>(a, tokens, weights, groups, tiles.rows, into, group_sums);
-          }
-        }
+        for_blocks(packed, x, at.k / kStep, chunk / kStep, room.of(at),
+                   [&]<bool Two>(const std::byte* tokens, float* into) SLIDERQUANT_INLINE {
+                     multiply_block<Terms, Two>(a, tokens, weights, groups, packed.tiles.rows, into, group_sums);
+                   });
       },
       [&](int64_t first, int64_t last) {
         group_sums.rest();
-        store_panels<false>(a, first, last, panel_sums, sums);
-        std::fill(sums, sums + (last - first) * panel_sums, 0.0f);
+        store_panels<false>(a, first, last, room.panel_sums, room.sums);
+        std::fill(room.sums, room.sums + (last - first) * room.panel_sums, 0.0f);
       });
 }
 
@@ -227,36 +215,24 @@ void panels(const Wna16& a, const PackedTokens& packed, const std::byte* x, int6
 template <int Bits, int Terms, bool HasZero, class Scale>
 void panels_of_many(const Wna16& a, const PackedTokens& packed, const std::byte* x, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
-  const TokenTiles tiles = packed.tiles;
-  const int64_t sharing = std::min(blocking_for(tiles).sharing, end - begin);
-  const int64_t panel_sums = tiles.tokens() * layout::kPanelRows;
-  const int64_t room = packed.chunk / kStep * kStepWords;
-  auto* expanded = scratch.get<uint32_t>(room + sharing * panel_sums);
-  auto* sums = reinterpret_cast<float*>(expanded + room);
+  const PanelRoom<float> room(scratch, packed, kStep, blocking_for(packed.tiles).sharing, a.k, begin, end);
   const Expand<Bits, HasZero> expand;
-  const Walk walk = {begin, end, sharing, a.k, packed.chunk};
-  const TileState state(tiles.rows);
   walk_chunks<Bits>(
-      walk, a.w, expanded,
+      room.walk, a.w, room.expanded,
       [&](const uint32_t* words, const uint32_t* ahead, const auto& at, uint32_t* into) SLIDERQUANT_INLINE {
         expand_chunk<Bits, HasZero, Scale>(a, expand, words, ahead, at.panel * layout::kPanelRows, at.k,
-                                           walk.chunk_at(at.k), into);
+                                           room.walk.chunk_at(at.k), into);
       },
       [&](const auto& at, const uint32_t* weights) SLIDERQUANT_INLINE {
-        const int64_t steps = walk.chunk_at(at.k) / kStep;
+        const int64_t steps = room.walk.chunk_at(at.k) / kStep;
         const Passage passage = {at.k == 0, at.k > 0, true};
-        for (int64_t block = 0; block < tiles.blocks(); ++block) {
-          const std::byte* tokens = x + packed.block(at.k / kStep, steps, block);
-          float* into = sums + (at.panel - at.first) * panel_sums + 2 * block * tiles.rows * layout::kPanelRows;
-          if (2 * block + 1 < tiles.count) {
-            two_tiles<DotBf16, Terms>(tokens, weights, steps, tiles.rows, passage, into);
-          } else {
-            one_tile<DotBf16, Terms>(tokens, weights, steps, tiles.rows, passage, into);
-          }
-        }
+        for_blocks(packed, x, at.k / kStep, steps, room.of(at),
+                   [&]<bool Two>(const std::byte* tokens, float* into) SLIDERQUANT_INLINE {
+                     add_tiles<DotBf16, Terms, Two>(tokens, weights, steps, packed.tiles.rows, passage, into);
+                   });
       },
       [&](int64_t first, int64_t last) {
-        store_panels<std::is_same_v<Scale, Unscaled>>(a, first, last, panel_sums, sums);
+        store_panels<std::is_same_v<Scale, Unscaled>>(a, first, last, room.panel_sums, room.sums);
       });
 }
 
