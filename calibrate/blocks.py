@@ -190,15 +190,18 @@ class CalibrationBlock(nn.Module):
         """
         pairs = []
 
-        def leaf(values: list[Tensor], change: Callable[[Tensor], Tensor] = lambda value: value) -> Tensor:
+        def same(value: Tensor) -> Tensor:
+            return value
+
+        def leaf(values: list[Tensor], change: Callable[[Tensor], Tensor] = same) -> Tensor:
             edges = [(get_gradient_edge(value), len(value)) for value in values]
             changed = [change(value.detach()) for value in values]
             leaf = (changed[0] if len(changed) == 1 else torch.cat(changed)).requires_grad_()
             pairs.append((edges, leaf))
             return leaf
 
-        def single(value: Tensor | None, *change: Callable[[Tensor], Tensor]) -> Tensor | None:
-            return value if value is None or not value.requires_grad else leaf([value], *change)
+        def single(value: Tensor | None, change: Callable[[Tensor], Tensor] = same) -> Tensor | None:
+            return value if value is None or not value.requires_grad else leaf([value], change)
 
         joined = set()
         for together in self.together:
@@ -209,7 +212,7 @@ class CalibrationBlock(nn.Module):
         for linear in self.linears.values():
             weight, bias, channels = linear.computed
             if linear not in joined:
-                weight = single(weight, *([products.factor] if linear.product is products.linear else []))
+                weight = single(weight, products.factor if linear.product is products.linear else same)
             linear.computed = (weight, single(bias), channels)
         for norm in self.norms.values():
             norm.computed = tuple(map(single, norm.computed))
