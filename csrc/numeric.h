@@ -8,7 +8,7 @@
 
 namespace sliderquant {
 
-// Dtypes that cross the boundary; the values are ours, register.cpp translates torch's.
+// Dtypes that cross the boundary; the values are ours, binding/check.h translates torch's.
 enum class Float { kBf16, kFp16, kFp32 };
 
 SLIDERQUANT_HOST_DEVICE float bits_to_float(uint32_t bits) {
