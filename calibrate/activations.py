@@ -18,13 +18,15 @@ class Place:
     """Where hidden states are kept between their uses.
 
     kind: "device"; "host", in pinned memory; or "disk", in a file without a name in ``directory``, which vanishes with
-    the process however that ends. dtype: in which they are kept.
+    the process however that ends. dtype: in which they are kept. checkpointing: those inside of a block are not kept
+    for its gradients, but computed again from its inputs.
     """
 
     device: torch.device
     kind: str = "device"
     directory: Path | None = None
     dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
 
 
 class Activations:

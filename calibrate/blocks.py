@@ -5,20 +5,19 @@ Attention, rotary embedding and activation stay the library's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
 from calibrate import products
 from calibrate.activations import Activations
 from calibrate.experts import Experts
 from calibrate.layouts import BlockLayout
 from calibrate.modules import SCALE_FLOOR, CalibrationLinear, CalibrationNorm, Together
-from calibrate.quantizer import (
-    quantize_weight,
-)
+from calibrate.quantizer import quantize_weight
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, LinearScheme
 
@@ -278,6 +277,18 @@ class CalibrationBlock(nn.Module):
                 bounds = linear.range(scales[path][1])
                 codes[path] = quantize_weight(weight, bounds, linear.scheme.weights)
         return codes, others
+
+
+def run_through(
+    blocks: Iterable[CalibrationBlock], hidden: Tensor, position_embeddings: tuple, checkpointing: bool
+) -> Tensor:
+    """Hidden states behind the last block, for gradients; ``Place`` says what checkpointing is."""
+    for block in blocks:
+        if checkpointing:
+            hidden = checkpoint(block, hidden, position_embeddings, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = block(hidden, position_embeddings)
+    return hidden
 
 
 @torch.no_grad()

@@ -37,6 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action=switch, default=False, help="replace an existing checkpoint")
     parser.add_argument("--max-host-memory", help="such as 16GB; by default most of what the machine has")
     parser.add_argument("--max-gpu-memory", help="such as 80GB; by default most of what the GPU has")
+    parser.add_argument(
+        "--activation-checkpointing",
+        action=switch,
+        default=False,
+        help="compute hidden states inside of blocks again for gradients, instead of keeping them: less memory, more "
+        "time, the same result; done without being asked where memory is short",
+    )
     parser.add_argument("--dry-run", action=switch, default=False, help="only tell what a run would do, need and take")
     parser.add_argument("--restart", action=switch, default=False, help="start an unfinished run over")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -124,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = Model(resolve_model(arguments.model), recipe, device)
     model.check_schemes()
     budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
-    place = fit(model, budget, arguments.output_dir.resolve().parent)
+    place = fit(model, budget, arguments.output_dir.resolve().parent, arguments.activation_checkpointing)
     recipe = model.recipe
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
     evaluation = None

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from calibrate import parallel
 from calibrate.activations import Place
-from calibrate.blocks import CalibrationBlock, run_in_place
+from calibrate.blocks import CalibrationBlock, run_in_place, run_through
 from calibrate.errors import UserError
 from calibrate.memory import host_memory, learning_bytes
 from calibrate.model import Model
@@ -60,6 +60,7 @@ def tune(
     store: Store,
     samples: Tensor,
     on_step: Callable[[float], None],
+    checkpointing: bool = False,
     done: int = 0,
     commit: Callable[[int], None] = lambda done: None,
 ) -> None:
@@ -69,6 +70,7 @@ def tune(
         store: has the states as windows left them.
         samples: int64 [nsamples, seqlen].
         on_step: called with the loss of every step, in nats per token.
+        checkpointing: as ``Place`` says.
         done: steps that the store knows the outcome of; the tuning goes on behind them.
         commit: called with that number whenever the store was given the outcome.
 
@@ -92,9 +94,7 @@ def tune(
 
     def backward(sample: slice, size: int) -> float:
         """One sample's part of a batch's loss, its gradients passed on. No graph outlives this: it holds their sums."""
-        hidden = inputs.read(sample)
-        for block in blocks:
-            hidden = block(hidden, position_embeddings)
+        hidden = run_through(blocks, inputs.read(sample), position_embeddings, checkpointing)
         with torch.no_grad():
             teacher = head(targets.read(sample))
         error = divergence(head(hidden), teacher).mean() / size

@@ -80,6 +80,7 @@ class Shapes:
     weights: int
     largest: int
     widest: int
+    hidden: int
     per_token: int
 
     @classmethod
@@ -91,7 +92,7 @@ class Shapes:
         hidden = model.config.hidden_size
         active = [layer.get_submodule(path).weight.shape for path in active_linears(model, index)]
         per_token = 6 * hidden + 2 * sum(shape[0] for shape in active) + sum(shape[1] for shape in active)
-        return cls(sum(sizes), max(sizes), max(shape[1] for shape in shapes), per_token)
+        return cls(sum(sizes), max(sizes), max(shape[1] for shape in shapes), hidden, per_token)
 
 
 def active_linears(model: Model, index: int) -> list[str]:
@@ -113,10 +114,12 @@ def learning_bytes(recipe: Recipe) -> int:
     return held
 
 
-def window_bytes(shapes: list[Shapes], recipe: Recipe) -> int:
+def window_bytes(shapes: list[Shapes], recipe: Recipe, checkpointing: bool) -> int:
     """Peak while a window of these blocks is optimised, without the hidden states of the samples."""
     weights = sum(each.weights for each in shapes)
-    values = recipe.seqlen * sum(each.per_token for each in shapes) + 3 * max(each.largest for each in shapes)
+    per_token = [each.per_token for each in shapes]
+    kept = max(per_token) + sum(each.hidden for each in shapes) if checkpointing else sum(per_token)
+    values = recipe.seqlen * kept + 3 * max(each.largest for each in shapes)
     return learning_bytes(recipe) * weights + FP32 * values
 
 
@@ -136,11 +139,13 @@ def stream_bytes(model: Model, recipe: Recipe) -> int:
     return STREAMS * STREAM_DTYPE.itemsize * samples * recipe.seqlen * model.config.hidden_size
 
 
-def fit(model: Model, budget: Budget, directory: Path) -> Place:
-    """Choose where the hidden states are kept, and shorten the windows of the model's recipe where they do not fit.
+def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = False) -> Place:
+    """Choose where the hidden states are kept and which of them, and shorten windows where they still do not fit.
 
     Args:
+        model: its recipe gets the shorter windows.
         directory: for hidden states on disk.
+        checkpointing: as ``Place`` says, even where there is enough memory without.
 
     Raises:
         UserError: not even one block fits.
@@ -150,33 +155,35 @@ def fit(model: Model, budget: Budget, directory: Path) -> Place:
     limit, taken = (budget.device, 0) if on_gpu else (budget.host, PROCESS)
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
     size = longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
-    while (needed := _peak(shapes, recipe, size)) > limit - taken and size > 1:
+    asked = checkpointing
+    while (needed := _peak(shapes, recipe, size, checkpointing=True)) > limit - taken and size > 1:
         size -= 1
+    more = _peak(shapes, recipe, size, checkpointing=False)
+    tuning = _tuning_bytes(model, shapes, checkpointing=False) if recipe.tunes else 0
+    checkpointing = asked or max(more, tuning) > limit - taken
+    needed = needed if checkpointing else more
+    name = "GPU" if on_gpu else "host"
     if needed > limit - taken:
-        name = "GPU" if on_gpu else "host"
         raise UserError(
             f"--max-{name.lower()}-memory: {limit / 1e9:.2f} GB are too little for one block, which takes about "
             f"{(needed + taken) / 1e9:.2f} GB; lower --batch_size or --seqlen, choose --preset fast or "
             "--no-learn_rounding, or allow more"
         )
+    allow = f"--max-{name.lower()}-memory allows more"
+    if checkpointing and not asked:
+        logger.warning("%.2f GB do not hold all that gradients need: activation checkpointing; %s", limit / 1e9, allow)
     if size < longest and recipe.slides:
-        logger.warning(
-            "%.2f GB hold windows of %d blocks, not of %d: shortened; --max-%s-memory allows more",
-            limit / 1e9,
-            size,
-            longest,
-            "gpu" if on_gpu else "host",
-        )
+        logger.warning("%.2f GB hold windows of %d blocks, not of %d: shortened; %s", limit / 1e9, size, longest, allow)
         window = min(recipe.window, size)
         stride = min(recipe.stride, window)
         shallow, deep = min(recipe.shallow, size), min(recipe.deep, size)
         model.recipe = replace(recipe, shallow=shallow, deep=deep, window=window, stride=stride)
     streams = stream_bytes(model, recipe)
     if streams <= limit - taken - needed:
-        return Place(model.device, "device", dtype=STREAM_DTYPE)
-    if on_gpu and streams <= budget.host - PROCESS:
-        return Place(model.device, "host", dtype=STREAM_DTYPE)
-    return Place(model.device, "disk", directory, dtype=STREAM_DTYPE)
+        kind = "device"
+    else:
+        kind = "host" if on_gpu and streams <= budget.host - PROCESS else "disk"
+    return Place(model.device, kind, directory if kind == "disk" else None, STREAM_DTYPE, checkpointing)
 
 
 def expected(model: Model, place: Place) -> Budget:
@@ -184,13 +191,12 @@ def expected(model: Model, place: Place) -> Budget:
     recipe, hidden = model.recipe, model.config.hidden_size
     vocabulary = model.config.vocab_size * hidden
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
-    needed = _peak(shapes, recipe, max(window.last - window.first + 1 for window in recipe.windows(model.blocks)))
+    longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
+    needed = _peak(shapes, recipe, longest, place.checkpointing)
     streams = stream_bytes(model, recipe)
     work = needed + streams * (place.kind == "device")
     if recipe.tunes:
-        logits = LOGITS * recipe.seqlen * model.config.vocab_size
-        states = 2 * recipe.nsamples * recipe.seqlen * hidden
-        work = max(work, window_bytes(shapes, recipe) + FP32 * (vocabulary + logits + states))
+        work = max(work, _tuning_bytes(model, shapes, place.checkpointing))
     rows = min(model.config.vocab_size, OUTER_ROWS)
     outer = 2 * model.dtype.itemsize * vocabulary + ROTATED * rows * hidden  # itself, as it is written, and a piece
     if model.device.type == "cuda":
@@ -198,13 +204,22 @@ def expected(model: Model, place: Place) -> Budget:
     return Budget(PROCESS + max(work, outer), 0)
 
 
-def _peak(shapes: list[Shapes], recipe: Recipe, size: int) -> int:
+def _tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int:
+    """Peak while all blocks are tuned end to end."""
+    recipe, config = model.recipe, model.config
+    logits = LOGITS * recipe.seqlen * config.vocab_size
+    states = 2 * recipe.nsamples * recipe.seqlen * config.hidden_size
+    outer = config.vocab_size * config.hidden_size + logits + states
+    return window_bytes(shapes, recipe, checkpointing) + FP32 * outer
+
+
+def _peak(shapes: list[Shapes], recipe: Recipe, size: int, checkpointing: bool) -> int:
     """Of any window of so many blocks."""
-    needed = [window_bytes(shapes[:1], replace(recipe, learn_rounding=False))]
+    needed = [window_bytes(shapes[:1], replace(recipe, learn_rounding=False), checkpointing=False)]
     for first in range(max(len(shapes) - size + 1, 1)):
         inside = shapes[first : first + size]
         if recipe.slides:
-            needed.append(window_bytes(inside, recipe))
+            needed.append(window_bytes(inside, recipe, checkpointing))
         if recipe.needs_start:
             held = 3 if recipe.has_offset else 2
             needed.append(start_bytes(inside[-1], recipe) + FP32 * held * sum(each.weights for each in inside[:-1]))

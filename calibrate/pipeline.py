@@ -294,7 +294,7 @@ def calibrate(
             store.commit(Position(len(sweeps), 0, model.bits, at.results, steps, tuned).to_dict())
 
         progress.phase("end to end", recipe.end_to_end_epochs * batches - at.tuning_steps, model.blocks)
-        tune(model, store, samples, progress.step, at.tuning_steps, commit)
+        tune(model, store, samples, progress.step, place.checkpointing, at.tuning_steps, commit)
         progress.phase_done()
         store.drop_tensors(TUNING)
         commit(recipe.end_to_end_epochs * batches, tuned=True)

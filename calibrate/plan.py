@@ -209,7 +209,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
             raise problem
     with plan.noting():
         budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
-        place = fit(model, budget, arguments.output_dir.resolve().parent)
+        place = fit(model, budget, arguments.output_dir.resolve().parent, arguments.activation_checkpointing)
         _compare_needs(plan, place, arguments.output_dir.resolve())
     with plan.noting():
         if model.recipe.tunes:
@@ -220,7 +220,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         sizes = Sizes(model.blocks, outer_values(model), stream, plan.checkpoint, evaluated)
         plan.phases["checking and tokenizing"] = time.monotonic() - started
         with plan.noting():
-            plan.phases |= phases(measure(model), model.recipe, sizes)
+            plan.phases |= phases(measure(model, place.checkpointing), model.recipe, sizes)
     return plan
 
 

@@ -43,17 +43,18 @@ SHORT, FEWEST, CONTEXT = 128, 192, 512  # tokens
 ROWS = 2048  # of the embedding
 
 
-def measure(model: Model) -> Costs:
+def measure(model: Model, checkpointing: bool) -> Costs:
     """Time the units on random data, on the model's device; takes seconds and reads no weights of the model."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        return _Bench(model, Path(folder)).costs()
+        return _Bench(model, Path(folder), checkpointing).costs()
 
 
 class _Bench:
     """Times a model of one block like those of the real one, and tells the costs of a real block."""
 
-    def __init__(self, model: Model, directory: Path):
+    def __init__(self, model: Model, directory: Path, checkpointing: bool):
         self.model, self.recipe, self.directory = model, model.recipe, directory
+        self.checkpointing = checkpointing
         self.index = usual_block(model)
         self.probe = Model(_write_probe(model, self.index, directory), model.recipe, model.device)
         active = [_numel(each, at, active_linears(each, at)) for each, at in ((model, self.index), (self.probe, 0))]
@@ -147,7 +148,7 @@ class _Bench:
         short = self.hidden(SHORT)
 
         def sample(hidden: Tensor, positions: tuple) -> float:
-            return backward([block], hidden, hidden, 1, positions)
+            return backward([block], hidden, hidden, 1, positions, self.checkpointing)
 
         def attention(x: Tensor) -> None:
             functional.scaled_dot_product_attention(*[x.requires_grad_()] * 3, is_causal=True).sum().backward()

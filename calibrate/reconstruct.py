@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrate.activations import Activations
-from calibrate.blocks import CalibrationBlock
+from calibrate.blocks import CalibrationBlock, run_through
 from calibrate.errors import UserError
 from calibrate.parallel import Gradients, Share, add_up
 from calibrate.products import rough_gradients
@@ -97,7 +97,9 @@ def _optimise(
         samples = zip(inputs.batches(own), targets.batches(own), strict=True)
         for numbers, size in order:
             batch = itertools.islice(samples, len(numbers))
-            errors = (backward(blocks, *sample, size, position_embeddings) for sample in batch)
+            errors = (
+                backward(blocks, *sample, size, position_embeddings, inputs.place.checkpointing) for sample in batch
+            )
             losses.append(take_step(blocks, ratio, errors, optimizer))
             if not math.isfinite(losses[-1]):
                 return None
@@ -129,11 +131,10 @@ def take_step(
     return loss.item()
 
 
-def backward(blocks, hidden, target, size, position_embeddings) -> float:
+def backward(blocks, hidden, target, size, position_embeddings, checkpointing) -> float:
     """One sample's part of a batch's loss, its gradients passed on. No graph outlives this: it holds their sums."""
-    for block in blocks:
-        hidden = block(hidden, position_embeddings)
-    error = functional.mse_loss(hidden, target) / size
+    output = run_through(blocks, hidden, position_embeddings, checkpointing)
+    error = functional.mse_loss(output, target) / size
     error.backward()
     return error.item()
 

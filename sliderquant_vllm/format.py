@@ -17,7 +17,7 @@ WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
 HADAMARD_BLOCK_SIZES = tuple(2**power for power in range(1, 13))
-# What the kernels take: input channels in whole blocks (csrc/layout.h), integer sums within int32 (csrc/binding/products.cpp).
+# What the kernels take: input channels in whole blocks (csrc/layout.h), sums within int32 (csrc/binding/products.cpp).
 BLOCK_CODES = 32
 MAX_SUM, MAX_ACTIVATION_CODE = 2**31 - 1, 255
 

@@ -1,0 +1,110 @@
+"""Runs are made to fit the memory that they may take: first at no cost to the result, then at some."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from calibrate import memory
+from calibrate.activations import Place
+from calibrate.blocks import run_through
+from calibrate.errors import UserError
+from calibrate.memory import PROCESS, Budget, Shapes, fit, stream_bytes, window_bytes
+from calibrate.methods import compose
+from calibrate.model import Model
+from calibrate.pipeline import calibrate
+from sliderquant_vllm.format import ActivationScheme, WeightScheme
+from tests.calibrate.models import write_random_model
+from tests.calibrate.test_pipeline import Losses
+
+CPU = torch.device("cpu")
+SAMPLES = torch.randint(0, 96, (4, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        family: write_random_model(folder / family, family, max_position_embeddings=4096)
+        for family in ("llama", "mixtral")
+    }
+
+
+def recipe(**chosen):
+    settings = {"nsamples": 4, "seqlen": 48, "epochs": 2, "window": 2, "stride": 1, "shallow": 2, "deep": 2}
+    return compose(WeightScheme(4), ActivationScheme(4), **settings | chosen)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("end_to_end_epochs", [0, 2])
+def test_what_is_computed_again_is_the_same(directories, family, end_to_end_epochs):
+    found = []
+    for checkpointing in (False, True):
+        model = Model(directories[family], recipe(end_to_end_epochs=end_to_end_epochs), CPU)
+        place = Place(CPU, dtype=torch.bfloat16, checkpointing=checkpointing)
+        found.append(calibrate(model, SAMPLES, Losses(), place=place))
+    assert found[0].results == found[1].results
+    for index, state in found[0].states.items():
+        assert all(torch.equal(value, found[1].states[index][name]) for name, value in state.items()), index
+
+
+def test_computing_again_keeps_less(directories):
+    model = Model(directories["llama"], recipe(), CPU)
+    blocks = [model.block(index) for index in range(model.blocks)]
+    for block in blocks:
+        block.prepare(1.0)
+        block.cut()
+    kept = {}
+
+    def keep(checkpointing: bool, value: torch.Tensor) -> torch.Tensor:
+        kept[checkpointing] += value.nbytes
+        return value
+
+    for checkpointing in (False, True):
+        kept[checkpointing] = 0
+        with saved_tensors_hooks(partial(keep, checkpointing), lambda value: value):
+            run_through(blocks, model.embed(SAMPLES), model.position_embeddings(48), checkpointing)
+    assert kept[True] < kept[False] / 10, kept
+
+
+def test_memory_decides_what_is_given_up(directories, tmp_path, caplog):
+    """With less and less memory: nothing, hidden states inside of blocks, the length of windows, the run."""
+    model = Model(directories["llama"], recipe(seqlen=4096), CPU)
+    shapes = Shapes.of(model, 0)
+    both = partial(window_bytes, [shapes] * 2, model.recipe)
+    assert window_bytes([shapes], model.recipe, checkpointing=False) < both(True) < both(False)
+
+    def fitted(limit: int, **chosen) -> tuple[Place, int, str]:
+        caplog.clear()
+        model.recipe = recipe(seqlen=4096)
+        with caplog.at_level(logging.WARNING):
+            place = fit(model, Budget(PROCESS + limit, 0), tmp_path, **chosen)
+        return place, model.recipe.window, caplog.text
+
+    streams = stream_bytes(model, model.recipe)
+    assert fitted(both(False) + streams) == (Place(CPU, dtype=torch.bfloat16), 2, "")
+    place, window, said = fitted(both(False))
+    assert (place.kind, place.directory, place.checkpointing, window, said) == ("disk", tmp_path, False, 2, "")
+    place, window, said = fitted(both(True))
+    assert place.checkpointing and window == 2
+    assert "activation checkpointing; --max-host-memory allows more" in said and "shortened" not in said
+    place, window, said = fitted(both(True) - 1)
+    assert not place.checkpointing, "one block is a window of its own: nothing would be saved"
+    assert window == 1 and "windows of 1 blocks, not of 2: shortened" in said and "checkpointing" not in said
+    with pytest.raises(UserError, match=r"--max-host-memory: 0\.\d+ GB are too little for one block.*or allow more"):
+        fitted(window_bytes([shapes], model.recipe, checkpointing=False) - 1)
+    place, window, said = fitted(both(False) + streams, checkpointing=True)
+    assert place.checkpointing and window == 2 and not said, "as it was asked for"
+
+
+def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
+    model = Model(directories["llama"], recipe(seqlen=4096, end_to_end_epochs=1), CPU)
+    windows = window_bytes([Shapes.of(model, 0)] * 2, model.recipe, checkpointing=False)
+    whole = memory._tuning_bytes(model, [Shapes.of(model, index) for index in range(model.blocks)], False)
+    assert windows < whole
+    for limit in (whole - 1, whole):
+        with caplog.at_level(logging.WARNING):
+            place = fit(model, Budget(PROCESS + limit, 0), tmp_path)
+        assert place.checkpointing == (limit < whole)
