@@ -9,6 +9,7 @@ import os
 import random
 import re
 import subprocess
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -48,20 +49,49 @@ HELD = {
 }  # fmt: skip
 
 
+# Products of four bits, which sm_90 has not, nvcc makes of hundreds of other instructions.
+SLOW_PRODUCT = b"__cuda_sm_9x_mma_sub_byte"
+needs_kernels = pytest.mark.skipif(
+    os.environ.get("SLIDERQUANT_CUDA") == "0", reason="SLIDERQUANT_CUDA=0: this library was built without CUDA kernels"
+)
+
+
+def check_held(sources: Iterable[str], found: set[str]) -> None:
+    for instruction in itertools.chain.from_iterable(HELD[source] for source in sources):
+        assert any(one.startswith(instruction) for one in found), (instruction, sorted(found))
+
+
 @needs_nvcc
-@pytest.mark.parametrize("arch", known_archs())
+@pytest.mark.parametrize("arch", [arch for arch in known_archs() if arch not in BUILT_ARCHS])
 def test_compiles_without_spills(arch, tmp_path):
+    """Architectures beyond those that the library is built for."""
     assert {source.name for source in SOURCES} == set(HELD)
     for source in SOURCES:
         target = tmp_path / "kernels.o"
-        report = compile_cuda(source, target, arch, "-c")
-        # ptxas may let products of a warpgroup run one by one, and says so.
-        assert "Potential Performance Loss" not in report, report
-        found = instructions(target, arch)
-        for instruction in HELD[source.name] if source.name != "launch_sm90.cu" or arch == "90a" else ():
-            assert any(one.startswith(instruction) for one in found), (instruction, sorted(found))
-        # Products of four bits, which sm_90 has not, nvcc makes of hundreds of other instructions.
-        assert b"__cuda_sm_9x_mma_sub_byte" not in target.read_bytes()
+        compile_cuda(source, target, arch, "-c")
+        if source.name != "launch_sm90.cu":
+            check_held([source.name], instructions(target, arch))
+        assert SLOW_PRODUCT not in target.read_bytes()
+
+
+@needs_nvcc
+@needs_kernels
+@pytest.mark.parametrize("arch", BUILT_ARCHS)
+def test_library_has_no_spills(arch):
+    command = [find_cuobjdump(), "-res-usage", "-arch", f"sm_{arch}", str(LIBRARY)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert len(kernels) > 100
+    assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
+    check_held(HELD if arch == "90a" else HELD.keys() - {"launch_sm90.cu"}, instructions(LIBRARY, arch))
+    assert SLOW_PRODUCT not in LIBRARY.read_bytes()
+
+
+@needs_nvcc
+def test_products_of_warpgroups_run_side_by_side(tmp_path):
+    """ptxas may let them run one by one, and says so."""
+    report = compile_cuda(ROOT / "csrc" / "cuda" / "launch_sm90.cu", tmp_path / "kernels.o", "90a", "-c")
+    assert "Potential Performance Loss" not in report, report
 
 
 @needs_nvcc
@@ -71,10 +101,8 @@ def test_no_cuda_source_includes_torch():
 
 
 @needs_nvcc
+@needs_kernels
 def test_library_holds_every_architecture():
-    if os.environ.get("SLIDERQUANT_CUDA") == "0":
-        pytest.skip("SLIDERQUANT_CUDA=0: this library was built without CUDA kernels")
-
     def held(kind: str, suffix: str) -> set[str]:
         command = [find_cuobjdump(), f"--list-{kind}", str(LIBRARY)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
