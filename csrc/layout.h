@@ -31,6 +31,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "portability.h"
 
@@ -50,6 +51,17 @@ constexpr int kMostBlock = 4096;
 
 SLIDERQUANT_HOST_DEVICE constexpr bool is_weight_bits(int64_t bits) {
   return bits == 2 || bits == 3 || bits == 4 || bits == 8;
+}
+
+// f(bits) with a width that a template can take: that of weights for which there are kernels.
+template <class F>
+[[gnu::always_inline]] inline auto with_bits(int bits, F&& f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
 }
 
 SLIDERQUANT_HOST_DEVICE constexpr int period_words(int bits) { return bits == 3 ? 3 : 1; }

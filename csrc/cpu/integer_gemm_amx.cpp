@@ -75,17 +75,6 @@ void pack_tile(const IntegerGemm& a, const PackedTokens& packed, int64_t tile, s
   }
 }
 
-using RunPanels = void (*)(const IntegerGemm&, const PackedTokens&, const std::byte*, int64_t, int64_t);
-
-RunPanels panels_of(int bits) {
-  switch (bits) {
-    case 2: return panels<2>;
-    case 3: return panels<3>;
-    case 4: return panels<4>;
-    default: return panels<8>;
-  }
-}
-
 // The panels given, for up to kSuperTokens tokens.
 void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
   thread_local Scratch pack;
@@ -95,7 +84,7 @@ void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
   parallel_for(parallel, packed.tiles.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) pack_tile(a, packed, tile, codes);
   });
-  const RunPanels run = panels_of(a.bits);
+  const auto run = layout::with_bits(a.bits, [](auto bits) { return panels<bits>; });
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, packed, codes, of.begin + begin, of.begin + end); });
 }

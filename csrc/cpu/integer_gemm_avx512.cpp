@@ -154,17 +154,6 @@ void panels(const IntegerGemm& a, const uint32_t* blocks, int64_t begin, int64_t
   }
 }
 
-using RunPanels = void (*)(const IntegerGemm&, const uint32_t*, int64_t, int64_t);
-
-RunPanels panels_of(int bits) {
-  switch (bits) {
-    case 2: return panels<2>;
-    case 3: return panels<3>;
-    case 4: return panels<4>;
-    default: return panels<8>;
-  }
-}
-
 // Packs the codes of the tokens [begin, end), which are a block, into
 // [chunks of k][blocks of tokens][quad of k][token].
 void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
@@ -186,7 +175,7 @@ void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
       }
     });
   }
-  const RunPanels run = panels_of(a.bits);
+  const auto run = layout::with_bits(a.bits, [](auto bits) { return panels<bits>; });
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, blocks, of.begin + begin, of.begin + end); });
 }

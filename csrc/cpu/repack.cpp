@@ -83,22 +83,15 @@ void repack_panel(const Repack& a, int64_t panel) {
 }
 
 void repack_panels(const Repack& a, int64_t begin, int64_t end) {
-  const auto run = [&]<Family F, int B>() SLIDERQUANT_INLINE {
-    for (int64_t panel = begin; panel < end; ++panel) repack_panel<F, B>(a, panel);
-  };
-  const auto choose = [&]<Family F>() SLIDERQUANT_INLINE {
-    switch (a.bits) {
-      case 2: return run.template operator()<F, 2>();
-      case 3: return run.template operator()<F, 3>();
-      case 4: return run.template operator()<F, 4>();
-      default: return run.template operator()<F, 8>();
+  layout::with_bits(a.bits, [&](auto bits) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      if (a.pairs) {
+        repack_panel<Family::kPairs, bits>(a, panel);
+      } else {
+        repack_panel<Family::kQuads, bits>(a, panel);
+      }
     }
-  };
-  if (a.pairs) {
-    choose.template operator()<Family::kPairs>();
-  } else {
-    choose.template operator()<Family::kQuads>();
-  }
+  });
 }
 
 template <int bits>
@@ -122,15 +115,9 @@ int32_t row_sum(const uint32_t* row, int64_t k) {
 }
 
 void sum_rows(const ColumnSums& a, int64_t begin, int64_t end) {
-  const auto run = [&]<int B>() SLIDERQUANT_INLINE {
-    for (int64_t n = begin; n < end; ++n) a.sums[n] = row_sum<B>(a.stream + n * layout::row_words(B, a.k), a.k);
-  };
-  switch (a.bits) {
-    case 2: return run.template operator()<2>();
-    case 3: return run.template operator()<3>();
-    case 4: return run.template operator()<4>();
-    default: return run.template operator()<8>();
-  }
+  layout::with_bits(a.bits, [&](auto bits) {
+    for (int64_t n = begin; n < end; ++n) a.sums[n] = row_sum<bits>(a.stream + n * layout::row_words(bits, a.k), a.k);
+  });
 }
 
 }  // namespace

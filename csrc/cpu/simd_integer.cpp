@@ -82,22 +82,14 @@ BlockChunk block_chunk_of(int64_t tokens, std::integer_sequence<int, Tokens...>)
   return table[tokens - 1];
 }
 
-void expand_chunk_of(int bits, const uint32_t* w, int64_t chunk, uint32_t* expanded) {
-  switch (bits) {
-    case 2: return expand_chunk<2>(w, chunk, expanded);
-    case 3: return expand_chunk<3>(w, chunk, expanded);
-    case 4: return expand_chunk<4>(w, chunk, expanded);
-    default: return expand_chunk<8>(w, chunk, expanded);
-  }
-}
-
 // blocks: [chunks of k][blocks of tokens][quads of k][even, odd][token]
 void panel_sums(const IntegerGemm& a, const uint32_t* blocks, int64_t panel, uint32_t* expanded, uint32_t* sums) {
   std::fill(sums, sums + a.m * kPanelRows, 0);
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
     const int64_t period = k0 / layout::period_codes(a.bits);
-    expand_chunk_of(a.bits, a.w + layout::word_index(a.bits, a.k, panel * kPanelRows, period, 0), chunk, expanded);
+    const uint32_t* w = a.w + layout::word_index(a.bits, a.k, panel * kPanelRows, period, 0);
+    layout::with_bits(a.bits, [&](auto bits) { expand_chunk<bits>(w, chunk, expanded); });
     for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
       const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
       const BlockChunk run = block_chunk_of(count, std::make_integer_sequence<int, kTileTokens>{});

@@ -244,12 +244,7 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
   const Activations x = {blocks, group_sum};
   parallel_for(parallel, of.end - of.begin, 1, [&](int64_t begin, int64_t end) {
     begin += of.begin, end += of.begin;
-    switch (a.bits) {
-      case 2: return panels<2>(a, x, begin, end);
-      case 3: return panels<3>(a, x, begin, end);
-      case 4: return panels<4>(a, x, begin, end);
-      default: return panels<8>(a, x, begin, end);
-    }
+    layout::with_bits(a.bits, [&](auto bits) { panels<bits>(a, x, begin, end); });
   });
 }
 

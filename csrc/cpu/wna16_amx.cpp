@@ -278,15 +278,6 @@ RunPanels panels_of(int terms, bool has_zero, bool many, bool grouped) {
   return has_zero ? panels_of<Bits, 2, true>(many, grouped) : panels_of<Bits, 2, false>(many, grouped);
 }
 
-RunPanels panels_of(int bits, int terms, bool has_zero, bool many, bool grouped) {
-  switch (bits) {
-    case 2: return panels_of<2>(terms, has_zero, many, grouped);
-    case 3: return panels_of<3>(terms, has_zero, many, grouped);
-    case 4: return panels_of<4>(terms, has_zero, many, grouped);
-    default: return panels_of<8>(terms, has_zero, many, grouped);
-  }
-}
-
 // The panels given, for up to kSuperTokens tokens.
 void super_block(const Wna16& a, Panels of, Parallel parallel) {
   if (a.m <= few_tokens(a.bits)) {
@@ -303,7 +294,8 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
   });
   const bool grouped = a.group < a.k;
   const bool many = grouped ? tiles.blocks() > 2 && packed.terms == 1 : tiles.blocks() > 1;
-  const RunPanels run = panels_of(a.bits, packed.terms, a.zero != nullptr, many, grouped);
+  const RunPanels run = layout::with_bits(
+      a.bits, [&](auto bits) { return panels_of<bits>(packed.terms, a.zero != nullptr, many, grouped); });
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, packed, x, of.begin + begin, of.begin + end); });
 }

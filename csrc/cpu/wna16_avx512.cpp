@@ -301,18 +301,6 @@ void pack_block(const Wna16& a, const Activations& x, int terms, int64_t begin, 
   }
 }
 
-using RunPanels = void (*)(const Wna16&, const Activations&, int64_t, int64_t);
-
-template <int Terms>
-RunPanels panels_of(int bits) {
-  switch (bits) {
-    case 2: return panels<2, Terms>;
-    case 3: return panels<3, Terms>;
-    case 4: return panels<4, Terms>;
-    default: return panels<8, Terms>;
-  }
-}
-
 // The panels given, for up to kSuperTokens tokens.
 void super_block(const Wna16& a, Panels of, Parallel parallel) {
   thread_local Scratch split, pack, sums;
@@ -339,7 +327,7 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
   }
   x.blocks = blocks;
   x.group_sum = group_sum;
-  const RunPanels run = fp16 ? panels_of<2>(a.bits) : panels_of<1>(a.bits);
+  const auto run = layout::with_bits(a.bits, [&](auto bits) { return fp16 ? panels<bits, 2> : panels<bits, 1>; });
   parallel_for(parallel, of.end - of.begin, panel_grain(a.m, a.k),
                [&](int64_t begin, int64_t end) { run(a, x, of.begin + begin, of.begin + end); });
 }

@@ -223,15 +223,6 @@ std::pair<Prepare, RunPanel> functions_of(int64_t tokens) {
   return {to_fixed_point<Bits>, table[tokens - 1]};
 }
 
-std::pair<Prepare, RunPanel> functions_of(int bits, int64_t tokens) {
-  switch (bits) {
-    case 2: return functions_of<2>(tokens);
-    case 3: return functions_of<3>(tokens);
-    case 4: return functions_of<4>(tokens);
-    default: return functions_of<8>(tokens);
-  }
-}
-
 }  // namespace
 
 bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
@@ -239,7 +230,7 @@ bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
   const int64_t blocks = block_count(a);
   float* step = floats.get<float>(a.m * blocks * (1 + kDigits));
   const FixedPoint x = {digits.get<int8_t>(a.m * kDigits * a.k), step, step + a.m * blocks, a.k, blocks};
-  const auto [prepare, run] = functions_of(a.bits, a.m);
+  const auto [prepare, run] = layout::with_bits(a.bits, [&](auto bits) { return functions_of<bits>(a.m); });
   for (int64_t m = 0; m < a.m; ++m) {
     if (!prepare(a, m, x)) return false;
   }

@@ -56,16 +56,6 @@ const char* launch_wna16(const Wna16& args, int tokens, const Wna16Blocks& block
   }
 }
 
-template <Float kType>
-const char* launch_wna16(const Wna16& args, int tokens, const Wna16Blocks& blocks, int device, uintptr_t stream) {
-  switch (args.bits) {
-    case 2: return launch_wna16<2, kType>(args, tokens, blocks, device, stream);
-    case 3: return launch_wna16<3, kType>(args, tokens, blocks, device, stream);
-    case 4: return launch_wna16<4, kType>(args, tokens, blocks, device, stream);
-    default: return launch_wna16<8, kType>(args, tokens, blocks, device, stream);
-  }
-}
-
 template <int kBits>
 const char* launch_integer(const IntegerGemm& args, int tokens, const IntegerBlocks& blocks, int device,
                            uintptr_t stream) {
@@ -119,8 +109,10 @@ const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int dev
     const char* error = wna16_sm90(args, plan, workspace, gpu(device).processors, device, stream);
     return error != nullptr ? error : launch_reduce<Wna16Reduce>(args, blocks, device, stream);
   }
-  return args.x_type == Float::kFp16 ? launch_wna16<Float::kFp16>(args, plan.tokens, blocks, device, stream)
-                                     : launch_wna16<Float::kBf16>(args, plan.tokens, blocks, device, stream);
+  const auto launch = layout::with_bits(args.bits, [&](auto bits) {
+    return args.x_type == Float::kFp16 ? launch_wna16<bits, Float::kFp16> : launch_wna16<bits, Float::kBf16>;
+  });
+  return launch(args, plan.tokens, blocks, device, stream);
 }
 
 Plan plan(const Wna16& args, int device) {
@@ -137,12 +129,8 @@ const char* integer_gemm(const IntegerGemm& args, const Plan& plan, uint32_t* wo
     const char* error = integer_gemm_sm90(args, plan, workspace, gpu(device).processors, device, stream);
     return error != nullptr ? error : launch_reduce<IntegerReduce>(args, blocks, device, stream);
   }
-  switch (args.bits) {
-    case 2: return launch_integer<2>(args, plan.tokens, blocks, device, stream);
-    case 3: return launch_integer<3>(args, plan.tokens, blocks, device, stream);
-    case 4: return launch_integer<4>(args, plan.tokens, blocks, device, stream);
-    default: return launch_integer<8>(args, plan.tokens, blocks, device, stream);
-  }
+  return layout::with_bits(
+      args.bits, [&](auto bits) { return launch_integer<bits>(args, plan.tokens, blocks, device, stream); });
 }
 
 Plan plan(const IntegerGemm& args, int device) {

@@ -24,16 +24,6 @@ const char* with_wna16(int tokens, const Launch& launch) {
   }
 }
 
-template <Float kType, class Launch>
-const char* with_wna16(int bits, int tokens, const Launch& launch) {
-  switch (bits) {
-    case 2: return with_wna16<2, kType>(tokens, launch);
-    case 3: return with_wna16<3, kType>(tokens, launch);
-    case 4: return with_wna16<4, kType>(tokens, launch);
-    default: return with_wna16<8, kType>(tokens, launch);
-  }
-}
-
 template <int kBits, class Launch>
 const char* with_integer(int tokens, const Launch& launch) {
   switch (tokens) {
@@ -55,8 +45,10 @@ const char* wna16_grouped(const Wna16& gemm, const Experts& experts, const Plan&
     using Kernel = GroupedKernel<typename decltype(kernel)::type, Wna16, Wna16Blocks>;
     return launch_sm80<Kernel, GroupedReduce<Wna16Reduce, Wna16, Wna16Blocks>>(args, blocks, device, stream);
   };
-  return gemm.x_type == Float::kFp16 ? with_wna16<Float::kFp16>(gemm.bits, plan.tokens, launch)
-                                     : with_wna16<Float::kBf16>(gemm.bits, plan.tokens, launch);
+  return layout::with_bits(gemm.bits, [&](auto bits) {
+    return gemm.x_type == Float::kFp16 ? with_wna16<bits, Float::kFp16>(plan.tokens, launch)
+                                       : with_wna16<bits, Float::kBf16>(plan.tokens, launch);
+  });
 }
 
 const char* integer_gemm_grouped(const IntegerGemm& gemm, const Experts& experts, const Plan& plan,
@@ -67,12 +59,7 @@ const char* integer_gemm_grouped(const IntegerGemm& gemm, const Experts& experts
     using Kernel = GroupedKernel<typename decltype(kernel)::type, IntegerGemm, IntegerBlocks>;
     return launch_sm80<Kernel, GroupedReduce<IntegerReduce, IntegerGemm, IntegerBlocks>>(args, blocks, device, stream);
   };
-  switch (gemm.bits) {
-    case 2: return with_integer<2>(plan.tokens, launch);
-    case 3: return with_integer<3>(plan.tokens, launch);
-    case 4: return with_integer<4>(plan.tokens, launch);
-    default: return with_integer<8>(plan.tokens, launch);
-  }
+  return layout::with_bits(gemm.bits, [&](auto bits) { return with_integer<bits>(plan.tokens, launch); });
 }
 
 Plan plan_grouped(const Wna16& args, int64_t experts, int device) {

@@ -73,16 +73,6 @@ const char* launch_wna16(const Wna16& a, const Tokens& tokens, const Sm90Wna16Bl
   }
 }
 
-template <Float kType, bool kGroups>
-const char* launch_wna16(const Wna16& a, const Tokens& tokens, const Sm90Wna16Blocks& blocks, int block_tokens,
-                         int processors, int device, uintptr_t stream) {
-  const auto of_bits = a.bits == 2   ? launch_wna16<2, kType, kGroups>
-                       : a.bits == 3 ? launch_wna16<3, kType, kGroups>
-                       : a.bits == 4 ? launch_wna16<4, kType, kGroups>
-                                     : launch_wna16<8, kType, kGroups>;
-  return of_bits(a, tokens, blocks, block_tokens, processors, device, stream);
-}
-
 template <int kBits>
 const char* launch_integer(const IntegerGemm& a, const Tokens& tokens, const Sm90IntegerBlocks& blocks,
                            int block_tokens, int processors, int device, uintptr_t stream) {
@@ -102,21 +92,20 @@ const char* wna16_sm90(const Wna16& a, const Plan& plan, float* workspace, int p
   const Tokens tokens = {a.x, a.x_stride, a.m, a.k, 2, workspace, a.scale, magnitudes, a.k / a.group, a.n};
   const Sm90Wna16Blocks blocks = {plan.splits, workspace, magnitudes, workspace + sizes.arranged()};
   const bool groups = a.group != a.k;
-  const auto of_type = a.x_type == Float::kFp16
-                           ? (groups ? launch_wna16<Float::kFp16, true> : launch_wna16<Float::kFp16, false>)
-                           : (groups ? launch_wna16<Float::kBf16, true> : launch_wna16<Float::kBf16, false>);
-  return of_type(a, tokens, blocks, plan.tokens, processors, device, stream);
+  const auto launch = layout::with_bits(a.bits, [&](auto bits) {
+    return a.x_type == Float::kFp16
+               ? (groups ? launch_wna16<bits, Float::kFp16, true> : launch_wna16<bits, Float::kFp16, false>)
+               : (groups ? launch_wna16<bits, Float::kBf16, true> : launch_wna16<bits, Float::kBf16, false>);
+  });
+  return launch(a, tokens, blocks, plan.tokens, processors, device, stream);
 }
 
 const char* integer_gemm_sm90(const IntegerGemm& a, const Plan& plan, uint32_t* workspace, int processors, int device,
                               uintptr_t stream) {
   const Tokens tokens = {a.codes, a.k, a.m, a.k, 1, workspace, nullptr, nullptr, 0, a.n};
   const Sm90IntegerBlocks blocks = {plan.splits, workspace, nullptr, workspace + sm90_workspace(a).arranged()};
-  const auto of_bits = a.bits == 2   ? launch_integer<2>
-                       : a.bits == 3 ? launch_integer<3>
-                       : a.bits == 4 ? launch_integer<4>
-                                     : launch_integer<8>;
-  return of_bits(a, tokens, blocks, plan.tokens, processors, device, stream);
+  const auto launch = layout::with_bits(a.bits, [](auto bits) { return launch_integer<bits>; });
+  return launch(a, tokens, blocks, plan.tokens, processors, device, stream);
 }
 
 }  // namespace sliderquant::cuda
