@@ -16,23 +16,17 @@ from sliderquant_vllm.packing import pack_codes
 from tests.cuda import build_emulator, call, repack
 from tests.native import Weight, check_close, random_weight
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 TOKENS = (64, 96, 128)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    ops.load()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine two wait for each other ten times as long
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
+    ops.load()
     library = build_emulator("emulate_sm90", tmp_path_factory.mktemp("emulator"))
     for name in ("emulate_repack", "emulate_sm90_wna16", "emulate_sm90_integer", "emulate_image", "emulate_magnitudes"):
         getattr(library, name).restype = ctypes.c_char_p
