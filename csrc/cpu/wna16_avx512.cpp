@@ -17,6 +17,7 @@
 #include "api.h"
 #include "avx512.h"
 #include "expand_pairs.h"
+#include "fixed_point.h"
 #include "pack_tokens.h"
 #include "wna16_epilogue.h"
 
@@ -29,6 +30,10 @@ static_assert(kChunk % 128 == 0, "a chunk must hold whole groups");
 // Few turns per group, or the processor would mispredict their end.
 constexpr int kPairsPerTurn = 4;
 static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be whole turns");
+
+// Up to here fixed_point_wna16 is faster: making bf16 of 8 bits takes long, others are looked up. Measured.
+constexpr int64_t few_tokens(int bits) { return bits == 8 ? 2 : 0; }
+static_assert(few_tokens(8) <= kFixedPointTokens, "fixed_point_wna16 takes no more tokens");
 
 constexpr float kFarScale = 1 << 20;  // scales further apart than this never have one sum in common
 
@@ -335,6 +340,8 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
 }  // namespace
 
 void wna16(const Wna16& a, Panels of, Parallel parallel) {
+  // Fixed point has no infinities.
+  if (a.m <= few_tokens(a.bits) && fixed_point_wna16(a, of, parallel)) return;
   for_super_tokens(a, [&](const Wna16& part) { super_block(part, of, parallel); });
 }
 

@@ -1,5 +1,5 @@
-// W*A16 for up to four tokens on processors with AMX, whose vdpbf16ps takes two cycles and whose vpdpbusd takes half a
-// one; needs AVX512 with VNNI alone.
+// W*A16 for up to four tokens, in integers: vpdpbusd takes twice as many products as vdpbf16ps, and codes as they are,
+// where bf16 has to be looked up. Needs AVX512 with VNNI alone.
 //
 // Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, k input channel,
 // block up to 128 of them within a group, q four k of a period, d digit, u independent accumulator chain.
@@ -16,10 +16,8 @@
 #include "fixed_point.h"
 #include "wna16_epilogue.h"
 
-namespace sliderquant::cpu::amx {
+namespace sliderquant::cpu::avx512 {
 namespace {
-
-using namespace avx512;
 
 constexpr int kDigits = 3;
 constexpr int kIntegerBits = 22;  // of a magnitude: digits from -128 to 127 reach no further than 0x7F7F7F
@@ -43,34 +41,37 @@ constexpr PairsOfQuad pairs_of_quad(int q) {
 template <int Bits>
 constexpr int kQuads = layout::period_codes(Bits) / 4;  // of a period
 
-// Calls emit.template operator()<q>(quad of unsigned codes) for one period of one register's 16 channels; words are the
-// period's words of the first of them.
-template <int Bits, class Emit>
-SLIDERQUANT_INLINE inline void expand_unsigned(const uint32_t* words, Emit&& emit) {
-  if constexpr (Bits == 3) {
-    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
-                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
-    const __m512i low = _mm512_set1_epi16(0x0007), high = _mm512_set1_epi16(0x0700);
-    const auto join = [&](__m512i first, __m512i second) SLIDERQUANT_INLINE {
-      return _mm512_ternarylogic_epi32(first, low, _mm512_and_si512(second, high), 0xEA);  // (first & low) | ..
-    };
-    unroll<3>([&]<int D>() SLIDERQUANT_INLINE {
-      emit.template operator()<2 * D>(join(v[D], _mm512_srli_epi16(v[D], 1)));
-      emit.template operator()<2 * D + 1>(join(_mm512_srli_epi16(v[D], 3), _mm512_srli_epi16(v[D], 4)));
-    });
-    emit.template operator()<6>(join(_mm512_srli_epi16(v[0], 6), _mm512_slli_epi16(v[1], 2)));
+// The codes of one period of one register's 16 channels, unsigned; words are the period's words of the first of them.
+template <int Bits>
+struct Codes {
+  __m512i v, mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
+  SLIDERQUANT_INLINE explicit Codes(const uint32_t* words) : v(_mm512_loadu_si512(words)) {}
+  template <int Q>
+  SLIDERQUANT_INLINE __m512i quad() const {
+    return Bits == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, Bits * Q), mask);
+  }
+};
+
+template <>
+struct Codes<3> {
+  __m512i v[3], low = _mm512_set1_epi16(0x0007), high = _mm512_set1_epi16(0x0700);
+  SLIDERQUANT_INLINE explicit Codes(const uint32_t* words)
+      : v{_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
+          _mm512_loadu_si512(words + 2 * layout::kPanelRows)} {}
+  SLIDERQUANT_INLINE __m512i join(__m512i first, __m512i second) const {
+    return _mm512_ternarylogic_epi32(first, low, _mm512_and_si512(second, high), 0xEA);  // (first & low) | ..
+  }
+  template <int Q>
+  SLIDERQUANT_INLINE __m512i quad() const {
+    if constexpr (Q == 6) return join(_mm512_srli_epi16(v[0], 6), _mm512_slli_epi16(v[1], 2));
+    if constexpr (Q < 6) return join(_mm512_srli_epi16(v[Q / 2], Q % 2 * 3), _mm512_srli_epi16(v[Q / 2], Q % 2 * 3 + 1));
     // The sixteenth pair: one bit on top of each word, now in the high bytes. 0xEA is (a & b) | c.
     const __m512i one = _mm512_and_si512(_mm512_srli_epi16(v[0], 7), _mm512_set1_epi16(0x0100));
     const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 6), _mm512_set1_epi16(0x0200), one, 0xEA);
     const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 5), _mm512_set1_epi16(0x0400), two, 0xEA);
-    emit.template operator()<7>(join(_mm512_srli_epi16(v[2], 6), three));
-  } else {
-    const __m512i v = _mm512_loadu_si512(words), mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
-    unroll<kQuads<Bits>>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(Bits == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, Bits * Q), mask));
-    });
+    return join(_mm512_srli_epi16(v[2], 6), three);
   }
-}
+};
 
 // x as integers: for each token digit by digit the bytes [k], in the order of the quads, and for each block the step
 // of the integers and the sums of the digits.
@@ -156,8 +157,8 @@ SLIDERQUANT_INLINE inline __m512i broadcast_quad(const int8_t* digits) {
 // A panel for Tokens tokens.
 template <int Bits, int Tokens>
 void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
-  // One token alone would wait for the latency of each product.
-  constexpr int kChains = Tokens > 2 ? 1 : std::min(2, kQuads<Bits>);
+  // One token alone would wait for the latency of each product; two chains of more would not stay in registers.
+  constexpr int kChains = Tokens > 1 ? 1 : std::min(2, kQuads<Bits>);
   constexpr int kSums = Tokens * kDigits;
   static_assert(kSums * kTiles * kChains <= 24, "the sums must stay in registers");
   const int64_t n0 = panel * layout::kPanelRows;
@@ -174,11 +175,14 @@ void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
     });
     const int8_t* digits = x.digits + k;
     for (int64_t i = 0; i < size; i += layout::period_codes(Bits)) {
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand_unsigned<Bits>(w + T * layout::kVectorRows, [&]<int Q>(__m512i quad) SLIDERQUANT_INLINE {
-          unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
+      const Codes<Bits> codes[kTiles] = {Codes<Bits>(w), Codes<Bits>(w + layout::kVectorRows)};
+      unroll<kQuads<Bits>>([&]<int Q>() SLIDERQUANT_INLINE {
+        const __m512i quad[kTiles] = {codes[0].template quad<Q>(), codes[1].template quad<Q>()};
+        unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
+          const __m512i x_quad = broadcast_quad(digits + I * x.k + 4 * Q);  // once for both: loads are what is short
+          unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
             __m512i& into = sum[I][T][Q % kChains];
-            into = _mm512_dpbusd_epi32(into, quad, broadcast_quad(digits + I * x.k + 4 * Q));
+            into = _mm512_dpbusd_epi32(into, quad[T], x_quad);
           });
         });
       });
@@ -240,4 +244,4 @@ bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
   return true;
 }
 
-}  // namespace sliderquant::cpu::amx
+}  // namespace sliderquant::cpu::avx512
