@@ -13,6 +13,15 @@ namespace sliderquant::cpu::avx512 {
 constexpr int kTiles = layout::kPanelRows / layout::kVectorRows;  // registers per panel
 static_assert(kTiles == 2, "the register blocking counts on two registers per panel");
 
+// A vector of each half of a panel. Codes of both halves are expanded at once: what meets them, broadcast from the
+// activations, is then needed once and briefly. Halves one after the other make the compiler keep it for the second one,
+// and spill.
+using Halves = __m512i[kTiles];
+
+SLIDERQUANT_INLINE inline __m512i load_half(const uint32_t* words, int t) {
+  return _mm512_loadu_si512(words + t * layout::kVectorRows);
+}
+
 constexpr int kDirectTokens = 4;  // up to here expanding weights into scratch costs more than it saves
 constexpr int kBlockTokens = 12;  // 12 * 2 accumulators + 2 weights + 1 broadcast of the 32 registers
 static_assert(kBlockTokens * kTiles + kTiles + 1 <= 32, "a block of tokens must fit the register file");

@@ -30,22 +30,28 @@ struct Lookup {
   SLIDERQUANT_INLINE __m512i operator()(__m512i codes) const { return _mm512_permutexvar_epi16(codes, table); }
 };
 
-// Calls emit.template operator()<q>(pair) for each pair of k of one period of one register's 16 channels, in some order;
-// words are the period's words of the first of them, zero their zero points, in every byte of a lane.
+// Calls emit.template operator()<q>(pairs) for each pair of k of one period of a panel, in some order; words are the
+// period's words, zero the zero points, in every byte of a lane.
 template <int Bits, bool HasZero>
 struct Expand {
   static_assert(Bits == 2 || Bits == 4, "3 and 8 bits have layouts of their own");
   static constexpr int kPairs = 16 / Bits;
   Lookup<Bits, HasZero> value;
   template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
-    const __m512i v = _mm512_loadu_si512(words), mask = _mm512_set1_epi8((1 << Bits) - 1);
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, const Halves& zero, Emit&& emit) const {
+    const Halves v = {load_half(words, 0), load_half(words, 1)};
+    const __m512i mask = _mm512_set1_epi8((1 << Bits) - 1);
     // Zero points are subtracted from two codes at once, those at the bottom of the bytes of a 16-bit lane.
     unroll<kPairs / 2>([&]<int Q>() SLIDERQUANT_INLINE {
-      __m512i codes = _mm512_srli_epi16(v, Bits * Q);
-      if constexpr (HasZero) codes = _mm512_sub_epi8(_mm512_and_si512(codes, mask), zero);
-      emit.template operator()<Q>(value(codes));
-      emit.template operator()<Q + kPairs / 2>(value(_mm512_srli_epi16(codes, 8)));
+      Halves low, high;
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        __m512i codes = _mm512_srli_epi16(v[T], Bits * Q);
+        if constexpr (HasZero) codes = _mm512_sub_epi8(_mm512_and_si512(codes, mask), zero[T]);
+        low[T] = value(codes);
+        high[T] = value(_mm512_srli_epi16(codes, 8));
+      });
+      emit.template operator()<Q>(low);
+      emit.template operator()<Q + kPairs / 2>(high);
     });
   }
 };
@@ -55,20 +61,30 @@ struct Expand<3, HasZero> {
   static constexpr int kPairs = 16;
   Lookup<3, HasZero> value;
   template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
-    const __m512i v[3] = {_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
-                          _mm512_loadu_si512(words + 2 * layout::kPanelRows)};
-    const auto centred = [&](__m512i codes) SLIDERQUANT_INLINE {
-      return HasZero ? _mm512_sub_epi8(_mm512_and_si512(codes, _mm512_set1_epi16(7)), zero) : codes;
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, const Halves& zero, Emit&& emit) const {
+    Halves v[3];
+    unroll<3>([&]<int D>() SLIDERQUANT_INLINE {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE { v[D][T] = load_half(words + D * layout::kPanelRows, T); });
+    });
+    const auto centred = [&]<int T>(__m512i codes) SLIDERQUANT_INLINE {
+      return HasZero ? _mm512_sub_epi8(_mm512_and_si512(codes, _mm512_set1_epi16(7)), zero[T]) : codes;
     };
+    Halves pairs;
     unroll<kPairs - 1>([&]<int Q>() SLIDERQUANT_INLINE {
-      emit.template operator()<Q>(value(centred(_mm512_srli_epi16(v[Q / 5], 3 * (Q % 5)))));
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        pairs[T] = value(centred.template operator()<T>(_mm512_srli_epi16(v[Q / 5][T], 3 * (Q % 5))));
+      });
+      emit.template operator()<Q>(pairs);
     });
     // The sixteenth pair: one bit on top of each word. 0xEA is (a & b) | c.
-    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 14), _mm512_set1_epi16(2),
-                                                  _mm512_srli_epi16(v[0], 15), 0xEA);
-    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 13), _mm512_set1_epi16(4), two, 0xEA);
-    emit.template operator()<kPairs - 1>(value(centred(three)));
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1][T], 14), _mm512_set1_epi16(2),
+                                                    _mm512_srli_epi16(v[0][T], 15), 0xEA);
+      const __m512i three =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2][T], 13), _mm512_set1_epi16(4), two, 0xEA);
+      pairs[T] = value(centred.template operator()<T>(three));
+    });
+    emit.template operator()<kPairs - 1>(pairs);
   }
 };
 
@@ -76,20 +92,25 @@ template <bool HasZero>
 struct Expand<8, HasZero> {
   static constexpr int kPairs = 2;
   template <class Emit>
-  SLIDERQUANT_INLINE void operator()(const uint32_t* words, __m512i zero, Emit&& emit) const {
-    // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
-    const __m512i v = HasZero ? _mm512_loadu_si512(words)
-                              : _mm512_xor_si512(_mm512_loadu_si512(words), _mm512_set1_epi8(static_cast<char>(0x80)));
-    const auto value = [&](int byte) SLIDERQUANT_INLINE {
-      const __m512i top = _mm512_slli_epi32(v, 24 - 8 * byte);
-      const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero, 24))
-                                   : _mm512_srai_epi32(top, 24);
-      return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
-    };
-    // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
-    // a word are k = 0, 2, 1, 3.
-    emit.template operator()<0>(_mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2)));
-    emit.template operator()<1>(_mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3)));
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, const Halves& zero, Emit&& emit) const {
+    Halves first, second;
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
+      const __m512i codes = load_half(words, T), flip = _mm512_set1_epi8(static_cast<char>(0x80));
+      const __m512i v = HasZero ? codes : _mm512_xor_si512(codes, flip);
+      const auto value = [&](int byte) SLIDERQUANT_INLINE {
+        const __m512i top = _mm512_slli_epi32(v, 24 - 8 * byte);
+        const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero[T], 24))
+                                     : _mm512_srai_epi32(top, 24);
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+      };
+      // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
+      // a word are k = 0, 2, 1, 3.
+      first[T] = _mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2));
+      second[T] = _mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3));
+    });
+    emit.template operator()<0>(first);
+    emit.template operator()<1>(second);
   }
 };
 
@@ -122,13 +143,13 @@ struct Scaled {
 // Expands `chunk` codes of a panel, from a period on and with the same zero points, to [pairs of k, 32].
 template <int Bits, bool HasZero, class Scale = Unscaled>
 SLIDERQUANT_INLINE inline void expand_pairs(const Expand<Bits, HasZero>& expand, const uint32_t* w, int64_t chunk,
-                                            const __m512i (&zero)[kTiles], uint32_t* expanded,
+                                            const Halves& zero, uint32_t* expanded,
                                             const Scale& scale = {}) {
   for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
-    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      expand(w + T * layout::kVectorRows, zero[T], [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
+    expand(w, zero, [&]<int Q>(const Halves& pairs) SLIDERQUANT_INLINE {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
         _mm512_store_si512(expanded + Q * layout::kPanelRows + T * layout::kVectorRows,
-                           scale.template operator()<T>(pair));
+                           scale.template operator()<T>(pairs[T]));
       });
     });
     w += layout::period_words(Bits) * layout::kPanelRows;

@@ -48,11 +48,12 @@ void direct_panel(const IntegerGemm& a, int64_t panel) {
     unroll<kChains>([&]<int U>() SLIDERQUANT_INLINE { sum[M][0][U] = sum[M][1][U] = _mm512_setzero_si512(); });
   });
   for (int64_t k = 0; k < a.k; k += layout::period_codes(Bits)) {
-    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      expand(w + T * layout::kVectorRows, [&]<int Q>(__m512i quad) SLIDERQUANT_INLINE {
-        unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+    expand(w, [&]<int Q>(const Halves& quads) SLIDERQUANT_INLINE {
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const __m512i codes = broadcast_quad(a.codes + M * a.k + k + 4 * Q);
+        unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
           __m512i& into = sum[M][T][Q % kChains];
-          into = _mm512_dpbusd_epi32(into, broadcast_quad(a.codes + M * a.k + k + 4 * Q), quad);
+          into = _mm512_dpbusd_epi32(into, codes, quads[T]);
         });
       });
     });

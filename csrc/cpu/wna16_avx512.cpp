@@ -100,12 +100,13 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
     });
     const uint16_t* x_g = x.rows + g * a.group;
     for (int64_t p = 0; p < periods; ++p) {
-      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-        expand(w + T * layout::kVectorRows, __m512i{}, [&]<int Q>(__m512i pair) SLIDERQUANT_INLINE {
-          unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
-            unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+      expand(w, {}, [&]<int Q>(const Halves& pairs) SLIDERQUANT_INLINE {
+        unroll<Terms>([&]<int Term>() SLIDERQUANT_INLINE {
+          unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+            const __m512i x_pair = broadcast_pair(x_g + Term * x.term_stride + M * x.row_stride + 2 * Q);
+            unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
               __m512& into = sum[M][T][Q % kChains];
-              into = dot(into, pair, broadcast_pair(x_g + Term * x.term_stride + M * x.row_stride + 2 * Q));
+              into = dot(into, pairs[T], x_pair);
             });
           });
         });
