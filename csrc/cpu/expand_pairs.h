@@ -88,29 +88,39 @@ struct Expand<3, HasZero> {
   }
 };
 
+// A table of 256 has no instruction. Behind the exponent of 2^23 a code in the lowest byte is 2^23 + code in fp32, and
+// behind that of 2^15 one in the second byte 2^15 + code; the same of the zero point, subtracted, leaves an integer below
+// 2^8, which ends in 16 zero bits: a pair is one shift and one or.
 template <bool HasZero>
 struct Expand<8, HasZero> {
   static constexpr int kPairs = 2;
+  static constexpr int kLowest = 0x4B000000, kSecond = 0x47000000;
   template <class Emit>
   SLIDERQUANT_INLINE void operator()(const uint32_t* words, const Halves& zero, Emit&& emit) const {
-    Halves first, second;
+    const auto lowest = [](__m512i v) SLIDERQUANT_INLINE {  // 0xEA is (a & b) | c
+      return _mm512_castsi512_ps(
+          _mm512_ternarylogic_epi32(v, _mm512_set1_epi32(0xFF), _mm512_set1_epi32(kLowest), 0xEA));
+    };
+    const auto second = [](__m512i v) SLIDERQUANT_INLINE {
+      return _mm512_castsi512_ps(
+          _mm512_ternarylogic_epi32(v, _mm512_set1_epi32(0xFF00), _mm512_set1_epi32(kSecond), 0xEA));
+    };
+    Halves first, last;
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
-      // A table of 256 has no instruction; with the top bit flipped the code is the signed byte code - 128.
-      const __m512i codes = load_half(words, T), flip = _mm512_set1_epi8(static_cast<char>(0x80));
-      const __m512i v = HasZero ? codes : _mm512_xor_si512(codes, flip);
-      const auto value = [&](int byte) SLIDERQUANT_INLINE {
-        const __m512i top = _mm512_slli_epi32(v, 24 - 8 * byte);
-        const __m512i code = HasZero ? _mm512_sub_epi32(_mm512_srli_epi32(top, 24), _mm512_srli_epi32(zero[T], 24))
-                                     : _mm512_srai_epi32(top, 24);
-        return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+      const __m512i z = HasZero ? zero[T] : _mm512_set1_epi8(static_cast<char>(0x80));
+      const auto pair = [&](__m512 low, __m512 high) SLIDERQUANT_INLINE {
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
       };
-      // Integers below 2^8 end in 16 zero bits as fp32, so a pair is one shift and one or. In layout order the bytes of
-      // a word are k = 0, 2, 1, 3.
-      first[T] = _mm512_or_si512(_mm512_srli_epi32(value(0), 16), value(2));
-      second[T] = _mm512_or_si512(_mm512_srli_epi32(value(1), 16), value(3));
+      // In layout order the bytes of a word are k = 0, 2, 1, 3.
+      const __m512i v = load_half(words, T);
+      const __m512 k0 = _mm512_sub_ps(lowest(v), lowest(z)), k2 = _mm512_sub_ps(second(v), second(z));
+      const __m512i rest = _mm512_srli_epi32(v, 16);
+      const __m512 k1 = _mm512_sub_ps(lowest(rest), lowest(z)), k3 = _mm512_sub_ps(second(rest), second(z));
+      first[T] = pair(k0, k1);
+      last[T] = pair(k2, k3);
     });
     emit.template operator()<0>(first);
-    emit.template operator()<1>(second);
+    emit.template operator()<1>(last);
   }
 };
 
