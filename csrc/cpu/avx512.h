@@ -30,11 +30,11 @@ using TokenBlocks = Blocks<kBlockTokens>;
 // Panels that meet a chunk of the activations while that is in L2, beside their sums.
 constexpr int kSharingPanels = 8;
 
-// Prefetches the weights of one period of a panel, kPrefetchBytes further on; into the next panel at the end of one.
-template <int Bits>
+// Prefetches the weights of one period of a panel, so many bytes further on; into the next panel at the end of one.
+template <int Bits, int Bytes = kPrefetchBytes, _mm_hint Hint = _MM_HINT_T0>
 SLIDERQUANT_INLINE inline void prefetch_period(const uint32_t* w) {
   unroll<layout::period_words(Bits) * kTiles>([&]<int D>() SLIDERQUANT_INLINE {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64 * D, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + Bytes + 64 * D, Hint);
   });
 }
 

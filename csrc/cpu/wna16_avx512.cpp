@@ -35,6 +35,8 @@ static_assert(layout::kBlockCodes / 2 % kPairsPerTurn == 0, "a group must be who
 constexpr int64_t few_tokens(int bits) { return bits == 8 ? 2 : 0; }
 static_assert(few_tokens(8) <= kFixedPointTokens, "fixed_point_wna16 takes no more tokens");
 
+constexpr int kNearBytes = 1024;
+
 constexpr float kFarScale = 1 << 20;  // scales further apart than this never have one sum in common
 
 SLIDERQUANT_INLINE inline __m512 dot(__m512 sum, __m512i pair, __m512i x) {
@@ -111,7 +113,10 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
           });
         });
       });
-      prefetch_period<Bits>(w);
+      // Far ahead into L2 and a little ahead into L1: these products take as long as reading their weights, and that much
+      // of L1 would be waiting for its turn.
+      prefetch_period<Bits, kPrefetchBytes, _MM_HINT_T1>(w);
+      prefetch_period<Bits, kNearBytes>(w);
       w += layout::period_words(Bits) * layout::kPanelRows;
       x_g += layout::period_codes(Bits);
     }
