@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sliderquant_vllm import ops
+from sliderquant_vllm import ops, references
+from tests.native import random_weight
 
 ROOT = Path(__file__).parents[1]
 BUILT_ARCHS = ("80", "90a")
 NVCC = shutil.which("nvcc")
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
@@ -90,3 +92,16 @@ def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tens
     found = torch.full((ops.host().gpu.packed_words(bits, n, k),), -1, dtype=torch.int32)
     assert call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs), 0) == ""
     return found
+
+
+def integer_operands(
+    emulator, n: int, k: int, m: int, bits: int, activation_bits: int, symmetric: bool
+) -> tuple[tuple, tuple]:
+    """What a kernel takes, from codes to bias, and the same for the reference."""
+    weight = random_weight(n, k, bits, -1, symmetric)
+    quantized = references.quantize_per_token(torch.randn(m, k), activation_bits, symmetric)
+    zw = None if symmetric else weight.zero[0].contiguous()
+    bias = torch.randn(n) if symmetric else None
+    rest = (weight.scale[0].contiguous(), zw, ops.column_sums(weight.packed, bits), bias)
+    w_packed = repack(emulator, weight.packed, bits, pairs=False)
+    return (*quantized, w_packed, *rest), (*quantized, weight.packed, *rest)

@@ -11,6 +11,7 @@
 #include "../csrc/cuda/sm80_wna16.cuh"
 #include "../csrc/cuda/wna16.cuh"
 #include "cuda_runner.h"
+#include "emulate_operands.h"
 #include "emulate_repack.h"
 
 namespace {
@@ -34,21 +35,13 @@ using namespace sliderquant;
 
 std::string error;
 
-void allow_operands(cuda::BlockRunner& runner, const Wna16& a) {
-  runner.allow(a.x, ((a.m - 1) * a.x_stride + a.k) * 2);
-  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  runner.allow(a.scale, a.k / a.group * a.n * 4);
-  runner.allow(a.zero, a.k / a.group * a.n);
-  runner.allow(a.bias, a.n * 4);
-  runner.allow(a.y, a.m * a.n * 2, true);
-}
-
 template <int kBits, Float kType, int kTiles>
 std::string emulate_sm80(const Wna16& a, int splits, uint64_t seed) {
   using Kernel = cuda::Sm80Wna16<kBits, kType, kTiles>;
   std::vector<float> partial(splits > 1 ? static_cast<size_t>(splits * a.m * a.n) : 0, NAN);
   const cuda::Wna16Blocks blocks = {splits, partial.data()};
   cuda::BlockRunner runner(seed);
+  allow_tokens(runner, a);
   allow_operands(runner, a);
   runner.allow(partial.data(), static_cast<int64_t>(partial.size()) * 4, true);
   std::string found = runner.run(
@@ -87,18 +80,8 @@ std::string emulate_sm80_integer(const IntegerGemm& a, int splits, uint64_t seed
   std::vector<uint32_t> partial(splits > 1 ? static_cast<size_t>(splits * a.m * a.n) : 0, 0x12345678);
   const cuda::IntegerBlocks blocks = {splits, partial.data()};
   cuda::BlockRunner runner(seed);
-  runner.allow(a.codes, a.m * a.k);
-  for (const void* of_token : {static_cast<const void*>(a.sa), static_cast<const void*>(a.za),
-                               static_cast<const void*>(a.row_sum)}) {
-    runner.allow(of_token, a.m * 4);
-  }
-  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  for (const void* of_channel : {static_cast<const void*>(a.sw), static_cast<const void*>(a.col_sum),
-                                 static_cast<const void*>(a.bias)}) {
-    runner.allow(of_channel, a.n * 4);
-  }
-  runner.allow(a.zw, a.n);
-  runner.allow(a.y, a.m * a.n * (a.y_type == Float::kFp32 ? 4 : 2), true);
+  allow_tokens(runner, a);
+  allow_operands(runner, a);
   runner.allow(partial.data(), static_cast<int64_t>(partial.size()) * 4, true);
   std::string found = runner.run(
       Kernel::blocks(a, splits), Kernel::kThreads, Kernel::kSharedBytes,

@@ -6,6 +6,7 @@
 
 #include "../csrc/cuda/grouped.cuh"
 #include "cuda_runner.h"
+#include "emulate_operands.h"
 
 namespace {
 
@@ -13,37 +14,12 @@ using namespace sliderquant;
 
 std::string error;
 
-// As often as there are experts, each tensor of a weight.
-void allow_operands(cuda::BlockRunner& runner, const Wna16& a, int64_t experts) {
-  const int64_t scales = experts * (a.k / a.group) * a.n;
-  runner.allow(a.x, ((a.m - 1) * a.x_stride + a.k) * 2);
-  runner.allow(a.w, experts * layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  runner.allow(a.scale, scales * 4);
-  runner.allow(a.zero, scales);
-  runner.allow(a.bias, experts * a.n * 4);
-  runner.allow(a.y, a.m * a.n * 2, true);
-}
-
-void allow_operands(cuda::BlockRunner& runner, const IntegerGemm& a, int64_t experts) {
-  runner.allow(a.codes, a.m * a.k);
-  for (const void* of_token : {static_cast<const void*>(a.sa), static_cast<const void*>(a.za),
-                               static_cast<const void*>(a.row_sum)}) {
-    runner.allow(of_token, a.m * 4);
-  }
-  runner.allow(a.w, experts * layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  for (const void* of_channel : {static_cast<const void*>(a.sw), static_cast<const void*>(a.col_sum),
-                                 static_cast<const void*>(a.bias)}) {
-    runner.allow(of_channel, experts * a.n * 4);
-  }
-  runner.allow(a.zw, experts * a.n);
-  runner.allow(a.y, a.m * a.n * (a.y_type == Float::kFp32 ? 4 : 2), true);
-}
-
 template <class Kernel, class Reduce, class Sum, class Args, class Gemm>
 const char* run(const Args& args, const Gemm& gemm, const Experts& experts, int splits, uint64_t seed) {
   std::vector<Sum> partial(splits > 1 ? static_cast<size_t>(splits * gemm.m * gemm.n) : 0, static_cast<Sum>(NAN));
   const cuda::Splits<Sum> blocks = {splits, partial.data()};
   cuda::BlockRunner runner(seed);
+  allow_tokens(runner, gemm);
   allow_operands(runner, gemm, experts.offsets != nullptr ? experts.count : 1);
   runner.allow(experts.offsets, (experts.count + 1) * 4);
   runner.allow(partial.data(), static_cast<int64_t>(partial.size()) * 4, true);

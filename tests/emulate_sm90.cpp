@@ -9,6 +9,7 @@
 #include "../csrc/cuda/sm90_tokens.cuh"
 #include "../csrc/cuda/sm90_wna16.cuh"
 #include "cuda_runner.h"
+#include "emulate_operands.h"
 #include "emulate_repack.h"
 
 namespace {
@@ -74,11 +75,7 @@ std::string emulate(const Wna16& a, int splits, int grid, uint64_t seed) {
   const cuda::Sm90Wna16Blocks blocks = {splits, workspace.image(), workspace.magnitudes(),
                                         workspace.partial<float>()};
   cuda::BlockRunner runner(seed);
-  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  runner.allow(a.scale, a.k / a.group * a.n * 4);
-  runner.allow(a.zero, a.k / a.group * a.n);
-  runner.allow(a.bias, a.n * 4);
-  runner.allow(a.y, a.m * a.n * 2, true);
+  allow_operands(runner, a);
   return multiply<cuda::Sm90Wna16<kBits, kType, kGroups, kTokens>, cuda::Wna16Reduce, cuda::Wna16Blocks>(
       a, blocks, workspace, runner, grid);
 }
@@ -113,17 +110,7 @@ std::string emulate(const IntegerGemm& a, int splits, int grid, uint64_t seed) {
   if (!found.empty()) return found;
   const cuda::Sm90IntegerBlocks blocks = {splits, workspace.image(), nullptr, workspace.partial<uint32_t>()};
   cuda::BlockRunner runner(seed);
-  for (const void* of_token : {static_cast<const void*>(a.sa), static_cast<const void*>(a.za),
-                               static_cast<const void*>(a.row_sum)}) {
-    runner.allow(of_token, a.m * 4);
-  }
-  runner.allow(a.w, layout::gpu::packed_words(a.bits, a.n, a.k) * 4);
-  for (const void* of_channel : {static_cast<const void*>(a.sw), static_cast<const void*>(a.col_sum),
-                                 static_cast<const void*>(a.bias)}) {
-    runner.allow(of_channel, a.n * 4);
-  }
-  runner.allow(a.zw, a.n);
-  runner.allow(a.y, a.m * a.n * (a.y_type == Float::kFp32 ? 4 : 2), true);
+  allow_operands(runner, a);
   return multiply<cuda::Sm90Integer<kBits, kTokens>, cuda::IntegerReduce, cuda::IntegerBlocks>(a, blocks, workspace,
                                                                                                runner, grid);
 }

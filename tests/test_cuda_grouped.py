@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from sliderquant_vllm import ops, references
-from tests.cuda import build_emulator, call
+from tests.cuda import OUT_DTYPES, build_emulator, call
 from tests.native import check_close, random_weight
 
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
 # Tokens of each expert, and those behind them that meet none.
 SPREADS = {
     "one token each": ((1, 1, 1, 1), 0),

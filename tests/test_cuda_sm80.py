@@ -13,7 +13,7 @@ import torch
 
 from sliderquant_vllm import ops, references
 from sliderquant_vllm.packing import pack_codes
-from tests.cuda import build_emulator, call, repack
+from tests.cuda import OUT_DTYPES, build_emulator, call, integer_operands, repack
 from tests.native import Weight, check_close, random_weight
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -188,20 +188,6 @@ def test_plan_override():
     for text in wrong:
         with pytest.raises(RuntimeError, match=f"SLIDERQUANT_CUDA_WNA16: expected plain, or sm80.*got {text}$"):
             plan(text)
-
-
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
-
-
-def integer_operands(emulator, n: int, k: int, m: int, bits: int, activation_bits: int, symmetric: bool):
-    """What a kernel takes, from codes to bias, and the same for the reference."""
-    weight = random_weight(n, k, bits, -1, symmetric)
-    quantized = references.quantize_per_token(torch.randn(m, k), activation_bits, symmetric)
-    zw = None if symmetric else weight.zero[0].contiguous()
-    bias = torch.randn(n) if symmetric else None
-    rest = (weight.scale[0].contiguous(), zw, ops.column_sums(weight.packed, bits), bias)
-    w_packed = repack(emulator, weight.packed, bits, pairs=False)
-    return (*quantized, w_packed, *rest), (*quantized, weight.packed, *rest)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
