@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -144,7 +146,7 @@ class Together:
         self._input: Tensor | None = None
         self._outputs: dict[CalibrationLinear, Tensor] = {}
         for linear in linears:
-            linear.together = self
+            linear.together = weakref.proxy(self)  # or weights would wait for the garbage collector
 
     def set(self, computed: Tensor | None) -> None:
         self.computed, self._input, self._outputs = computed, None, {}

@@ -1,6 +1,8 @@
 """Runs are made to fit the memory that they may take: first at no cost to the result, then at some."""
 
+import gc
 import logging
+import weakref
 from functools import partial
 
 import pytest
@@ -48,6 +50,30 @@ def test_what_is_computed_again_is_the_same(directories, family, end_to_end_epoc
     assert found[0].results == found[1].results
     for index, state in found[0].states.items():
         assert all(torch.equal(value, found[1].states[index][name]) for name, value in state.items()), index
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_blocks_that_left_their_window_are_freed_at_once(directories, family, monkeypatch):
+    """By counting references: the garbage collector comes when there are many objects, not when they are large."""
+    model, weights, found = Model(directories[family], recipe(), CPU), {}, {}
+    build = model.block
+
+    def counted(index):
+        block = build(index)
+        weights.setdefault(index, weakref.WeakSet()).update(linear.weight for linear in block.linears.values())
+        return block
+
+    def left(index, _):
+        found[index] = [each for each in weights if each < index and len(weights[each])]
+
+    monkeypatch.setattr(model, "block", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        calibrate(model, SAMPLES, Losses(), on_finished=left)
+    finally:
+        gc.enable()
+    assert found == {0: [], 1: [], 2: []}
 
 
 def test_computing_again_keeps_less(directories):
