@@ -210,7 +210,9 @@ class CalibrationBlock(nn.Module):
                 joined |= set(together.linears)
         for linear in self.linears.values():
             weight, bias, channels = linear.computed
-            if linear not in joined:
+            if linear in joined:
+                weight = None  # those below each other replace it
+            else:
                 weight = single(weight, products.factor if linear.product is products.linear else same)
             linear.computed = (weight, single(bias), channels)
         for norm in self.norms.values():
