@@ -123,6 +123,15 @@ def window_bytes(shapes: list[Shapes], recipe: Recipe, checkpointing: bool) -> i
     return learning_bytes(recipe) * weights + FP32 * values
 
 
+def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int:
+    """Peak while all blocks are tuned end to end."""
+    recipe, config = model.recipe, model.config
+    logits = LOGITS * recipe.seqlen * config.vocab_size
+    states = 2 * recipe.nsamples * recipe.seqlen * config.hidden_size
+    outer = config.vocab_size * config.hidden_size + logits + states
+    return window_bytes(shapes, recipe, checkpointing) + FP32 * outer
+
+
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
     held, moment = 1 + recipe.has_offset, shapes.widest**2
@@ -153,24 +162,25 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
     recipe = model.recipe
     on_gpu = model.device.type == "cuda"
     limit, taken = (budget.device, 0) if on_gpu else (budget.host, PROCESS)
+    room = limit - taken
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
     size = longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
-    asked = checkpointing
-    while (needed := _peak(shapes, recipe, size, checkpointing=True)) > limit - taken and size > 1:
+    while size > 1 and _peak(shapes, recipe, size, checkpointing=True) > room:
         size -= 1
-    more = _peak(shapes, recipe, size, checkpointing=False)
-    tuning = _tuning_bytes(model, shapes, checkpointing=False) if recipe.tunes else 0
-    checkpointing = asked or max(more, tuning) > limit - taken
-    needed = needed if checkpointing else more
+    everything = _peak(shapes, recipe, size, checkpointing=False)
+    if recipe.tunes:
+        everything = max(everything, tuning_bytes(model, shapes, checkpointing=False))
+    recomputes = checkpointing or everything > room
+    needed = _peak(shapes, recipe, size, recomputes)
     name = "GPU" if on_gpu else "host"
-    if needed > limit - taken:
+    if needed > room:
         raise UserError(
             f"--max-{name.lower()}-memory: {limit / 1e9:.2f} GB are too little for one block, which takes about "
             f"{(needed + taken) / 1e9:.2f} GB; lower --batch_size or --seqlen, choose --preset fast or "
             "--no-learn_rounding, or allow more"
         )
     allow = f"--max-{name.lower()}-memory allows more"
-    if checkpointing and not asked:
+    if recomputes and not checkpointing:
         logger.warning("%.2f GB do not hold all that gradients need: activation checkpointing; %s", limit / 1e9, allow)
     if size < longest and recipe.slides:
         logger.warning("%.2f GB hold windows of %d blocks, not of %d: shortened; %s", limit / 1e9, size, longest, allow)
@@ -179,11 +189,11 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
         shallow, deep = min(recipe.shallow, size), min(recipe.deep, size)
         model.recipe = replace(recipe, shallow=shallow, deep=deep, window=window, stride=stride)
     streams = stream_bytes(model, recipe)
-    if streams <= limit - taken - needed:
+    if streams <= room - needed:
         kind = "device"
     else:
         kind = "host" if on_gpu and streams <= budget.host - PROCESS else "disk"
-    return Place(model.device, kind, directory if kind == "disk" else None, STREAM_DTYPE, checkpointing)
+    return Place(model.device, kind, directory if kind == "disk" else None, STREAM_DTYPE, recomputes)
 
 
 def expected(model: Model, place: Place) -> Budget:
@@ -196,21 +206,12 @@ def expected(model: Model, place: Place) -> Budget:
     streams = stream_bytes(model, recipe)
     work = needed + streams * (place.kind == "device")
     if recipe.tunes:
-        work = max(work, _tuning_bytes(model, shapes, place.checkpointing))
+        work = max(work, tuning_bytes(model, shapes, place.checkpointing))
     rows = min(model.config.vocab_size, OUTER_ROWS)
     outer = 2 * model.dtype.itemsize * vocabulary + ROTATED * rows * hidden  # itself, as it is written, and a piece
     if model.device.type == "cuda":
         return Budget(PROCESS + max(streams * (place.kind == "host"), outer), work)
     return Budget(PROCESS + max(work, outer), 0)
-
-
-def _tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int:
-    """Peak while all blocks are tuned end to end."""
-    recipe, config = model.recipe, model.config
-    logits = LOGITS * recipe.seqlen * config.vocab_size
-    states = 2 * recipe.nsamples * recipe.seqlen * config.hidden_size
-    outer = config.vocab_size * config.hidden_size + logits + states
-    return window_bytes(shapes, recipe, checkpointing) + FP32 * outer
 
 
 def _peak(shapes: list[Shapes], recipe: Recipe, size: int, checkpointing: bool) -> int:

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "avx512.h"
+#include "expand_quads.h"
 #include "fixed_point.h"
 #include "wna16_epilogue.h"
 
@@ -38,38 +39,54 @@ constexpr PairsOfQuad pairs_of_quad(int q) {
   return q == 6 ? PairsOfQuad{2, 7} : PairsOfQuad{12, 15};
 }
 
+// Quads of the layout kPairs, unsigned, as ExpandQuads emits those of its own: with 2 and 4 bits they are the same ones.
 template <int Bits>
-constexpr int kQuads = layout::period_codes(Bits) / 4;  // of a period
+struct UnsignedQuads : ExpandQuads<Bits> {};
 
-// The codes of one period of one register's 16 channels, unsigned; words are the period's words of the first of them.
-template <int Bits>
-struct Codes {
-  __m512i v, mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
-  SLIDERQUANT_INLINE explicit Codes(const uint32_t* words) : v(_mm512_loadu_si512(words)) {}
-  template <int Q>
-  SLIDERQUANT_INLINE __m512i quad() const {
-    return Bits == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, Bits * Q), mask);
+template <>
+struct UnsignedQuads<3> {
+  static constexpr int kQuads = 8;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
+    Halves v[3], quads;
+    unroll<3>([&]<int D>() SLIDERQUANT_INLINE {
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE { v[D][T] = load_half(words + D * layout::kPanelRows, T); });
+    });
+    const __m512i low = _mm512_set1_epi16(0x0007), high = _mm512_set1_epi16(0x0700);
+    const auto join = [&](__m512i first, __m512i second) SLIDERQUANT_INLINE {
+      return _mm512_ternarylogic_epi32(first, low, _mm512_and_si512(second, high), 0xEA);  // (first & low) | ..
+    };
+    unroll<6>([&]<int Q>() SLIDERQUANT_INLINE {
+      constexpr int kShift = Q % 2 * 3;
+      unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+        const __m512i word = v[Q / 2][T];
+        quads[T] = join(_mm512_srli_epi16(word, kShift), _mm512_srli_epi16(word, kShift + 1));
+      });
+      emit.template operator()<Q>(quads);
+    });
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      quads[T] = join(_mm512_srli_epi16(v[0][T], 6), _mm512_slli_epi16(v[1][T], 2));
+    });
+    emit.template operator()<6>(quads);
+    // The sixteenth pair: one bit on top of each word, now in the high bytes. 0xEA is (a & b) | c.
+    unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
+      const __m512i one = _mm512_and_si512(_mm512_srli_epi16(v[0][T], 7), _mm512_set1_epi16(0x0100));
+      const __m512i two =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1][T], 6), _mm512_set1_epi16(0x0200), one, 0xEA);
+      const __m512i three =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2][T], 5), _mm512_set1_epi16(0x0400), two, 0xEA);
+      quads[T] = join(_mm512_srli_epi16(v[2][T], 6), three);
+    });
+    emit.template operator()<7>(quads);
   }
 };
 
 template <>
-struct Codes<3> {
-  __m512i v[3], low = _mm512_set1_epi16(0x0007), high = _mm512_set1_epi16(0x0700);
-  SLIDERQUANT_INLINE explicit Codes(const uint32_t* words)
-      : v{_mm512_loadu_si512(words), _mm512_loadu_si512(words + layout::kPanelRows),
-          _mm512_loadu_si512(words + 2 * layout::kPanelRows)} {}
-  SLIDERQUANT_INLINE __m512i join(__m512i first, __m512i second) const {
-    return _mm512_ternarylogic_epi32(first, low, _mm512_and_si512(second, high), 0xEA);  // (first & low) | ..
-  }
-  template <int Q>
-  SLIDERQUANT_INLINE __m512i quad() const {
-    if constexpr (Q == 6) return join(_mm512_srli_epi16(v[0], 6), _mm512_slli_epi16(v[1], 2));
-    if constexpr (Q < 6) return join(_mm512_srli_epi16(v[Q / 2], Q % 2 * 3), _mm512_srli_epi16(v[Q / 2], Q % 2 * 3 + 1));
-    // The sixteenth pair: one bit on top of each word, now in the high bytes. 0xEA is (a & b) | c.
-    const __m512i one = _mm512_and_si512(_mm512_srli_epi16(v[0], 7), _mm512_set1_epi16(0x0100));
-    const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[1], 6), _mm512_set1_epi16(0x0200), one, 0xEA);
-    const __m512i three = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[2], 5), _mm512_set1_epi16(0x0400), two, 0xEA);
-    return join(_mm512_srli_epi16(v[2], 6), three);
+struct UnsignedQuads<8> {
+  static constexpr int kQuads = 1;
+  template <class Emit>
+  SLIDERQUANT_INLINE void operator()(const uint32_t* words, Emit&& emit) const {
+    emit.template operator()<0>(Halves{load_half(words, 0), load_half(words, 1)});
   }
 };
 
@@ -158,8 +175,9 @@ SLIDERQUANT_INLINE inline __m512i broadcast_quad(const int8_t* digits) {
 template <int Bits, int Tokens>
 void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
   // One token alone would wait for the latency of each product; two chains of more would not stay in registers.
-  constexpr int kChains = Tokens > 1 ? 1 : std::min(2, kQuads<Bits>);
+  constexpr int kChains = Tokens > 1 ? 1 : std::min(2, UnsignedQuads<Bits>::kQuads);
   constexpr int kSums = Tokens * kDigits;
+  const UnsignedQuads<Bits> expand;
   static_assert(kSums * kTiles * kChains <= 24, "the sums must stay in registers");
   const int64_t n0 = panel * layout::kPanelRows;
   const __mmask16 mask[kTiles] = {tail_mask(n0, a.n), tail_mask(n0 + layout::kVectorRows, a.n)};
@@ -175,14 +193,12 @@ void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
     });
     const int8_t* digits = x.digits + k;
     for (int64_t i = 0; i < size; i += layout::period_codes(Bits)) {
-      const Codes<Bits> codes[kTiles] = {Codes<Bits>(w), Codes<Bits>(w + layout::kVectorRows)};
-      unroll<kQuads<Bits>>([&]<int Q>() SLIDERQUANT_INLINE {
-        const __m512i quad[kTiles] = {codes[0].template quad<Q>(), codes[1].template quad<Q>()};
+      expand(w, [&]<int Q>(const Halves& quads) SLIDERQUANT_INLINE {
         unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
-          const __m512i x_quad = broadcast_quad(digits + I * x.k + 4 * Q);  // once for both: loads are what is short
+          const __m512i x_quad = broadcast_quad(digits + I * x.k + 4 * Q);
           unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {
             __m512i& into = sum[I][T][Q % kChains];
-            into = _mm512_dpbusd_epi32(into, quad[T], x_quad);
+            into = _mm512_dpbusd_epi32(into, quads[T], x_quad);
           });
         });
       });

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import memory
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
-from calibrate.memory import PROCESS, Budget, Shapes, fit, stream_bytes, window_bytes
+from calibrate.memory import PROCESS, Budget, Shapes, fit, stream_bytes, tuning_bytes, window_bytes
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
@@ -128,7 +127,7 @@ def test_memory_decides_what_is_given_up(directories, tmp_path, caplog):
 def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
     model = Model(directories["llama"], recipe(seqlen=4096, end_to_end_epochs=1), CPU)
     windows = window_bytes([Shapes.of(model, 0)] * 2, model.recipe, checkpointing=False)
-    whole = memory._tuning_bytes(model, [Shapes.of(model, index) for index in range(model.blocks)], False)
+    whole = tuning_bytes(model, [Shapes.of(model, index) for index in range(model.blocks)], checkpointing=False)
     assert windows < whole
     for limit in (whole - 1, whole):
         with caplog.at_level(logging.WARNING):
