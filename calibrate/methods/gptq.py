@@ -13,6 +13,7 @@ from sliderquant_vllm.format import LinearScheme, WeightScheme
 
 DAMPING = 0.01
 BLOCK = 128
+INVERTED_ROWS = 256  # at a time
 
 
 def settings(scheme: LinearScheme) -> dict:
@@ -38,7 +39,9 @@ def factorize(second_moment: Tensor) -> Factor:
     Damping grows until the matrix is positive definite; inputs that are always 0 do not take part.
     """
     order = second_moment.diagonal().argsort(descending=True, stable=True)
-    moment = second_moment[order][:, order].double()
+    # Backwards: the lower factor of that is the inverse of the upper factor that is asked for, read backwards too.
+    backwards = order.flip(0)
+    moment = second_moment[backwards][:, backwards].double()
     diagonal = moment.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -46,14 +49,23 @@ def factorize(second_moment: Tensor) -> Factor:
     damping, added = DAMPING, 0.0
     while True:
         moment.diagonal().add_((damping - added) * mean)
-        factor, failed = torch.linalg.cholesky_ex(moment)
+        lower, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             break
         damping, added = damping * 10, damping
-    del moment  # the largest linears' are large
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    return Factor(order, torch.linalg.cholesky(inverse, upper=True).float())
+    del moment, diagonal  # the largest linears' are large
+    return Factor(order, invert_lower_(lower).float().flip(0, 1))
+
+
+def invert_lower_(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix in its place, some rows at a time: [K, K], zeros above the diagonal."""
+    for first in range(0, len(lower), INVERTED_ROWS):
+        last = min(first + INVERTED_ROWS, len(lower))
+        corner = lower[first:last, first:last]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(last - first).to(corner), upper=False)
+        lower[first:last, :first] = -inverse @ (lower[first:last, :first] @ lower[:first, :first])
+        corner.copy_(inverse)
+    return lower
 
 
 def compensated_weight(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.common import relative_error
 from calibrate.methods.awq import awq_scale, normalized
 from calibrate.methods.d2quant import dual_scale
-from calibrate.methods.gptq import compensated_weight, factorize
+from calibrate.methods.gptq import INVERTED_ROWS, compensated_weight, factorize
 from calibrate.methods.smoothquant import smoothquant_scale
 from calibrate.quantizer import fake_quantize_weight, weight_bounds
 from calibrate.start import search_bounds
@@ -66,6 +67,19 @@ def test_gptq_agrees_with_the_column_by_column_definition():
         work[:, column:] -= error.unsqueeze(1) * inverse[0]
     ours = compensated_weight(weight, bounds, factorize(moment), scheme)[:, order]
     torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gptq_factors_the_inverse_of_moments_that_take_several_pieces():
+    channels = 2 * INVERTED_ROWS + 88
+    moment = correlated_moment(channels)
+    moment[:, 5] = moment[5] = 0  # an input that is always 0
+    order, upper = factorize(moment)
+    assert order[-1] == 5 and torch.equal(upper, upper.triu())
+    damped = moment.double()[order][:, order]
+    mean = damped.diagonal().mean()
+    damped[-1, -1] = mean
+    damped.diagonal().add_(0.01 * mean)
+    assert relative_error(upper.T @ upper, torch.linalg.inv(damped)) < 1e-5
 
 
 @pytest.mark.parametrize("moment", [torch.zeros(32, 32), torch.ones(32, 32), torch.full((32, 32), 1e-30)])
