@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from calibrate import products
+
 PATIENCE = timedelta(hours=6)  # ranks wait this long for each other, while rank 0 writes for example
 
 
@@ -116,18 +118,24 @@ class Gradients:
     def __init__(self, blocks: Iterable):
         self.pairs = [pair for block in blocks for pair in block.cut()]
         self.sums = [torch.zeros(leaf.shape, dtype=torch.float64, device=leaf.device) for _, leaf in self.pairs]
+        self.hooks = []
         for (_, leaf), total in zip(self.pairs, self.sums, strict=True):
-            leaf.register_post_accumulate_grad_hook(partial(_add_to, total))
+            products.sum_gradients(leaf, total)
+            self.hooks.append(leaf.register_post_accumulate_grad_hook(partial(_add_to, total)))
 
     def backward(self) -> None:
-        """Pass the sums on to the parameters behind what was prepared; to be called once."""
+        """Pass the sums on to the parameters behind what was prepared, and free each; to be called once."""
         while self.pairs:
-            (sources, _), total = self.pairs.pop(), self.sums.pop()
+            (sources, leaf), total = self.pairs.pop(), self.sums.pop()
+            self.hooks.pop().remove()
+            products.sum_gradients(leaf, None)
             add_up(total)
+            total = total.float()
             edges, rows = zip(*sources, strict=True)
-            torch.autograd.backward(edges, total.float().split(rows), retain_graph=bool(self.pairs))
+            torch.autograd.backward(edges, total.split(rows), retain_graph=bool(self.pairs))
 
 
 def _add_to(total: Tensor, leaf: Tensor) -> None:
-    total += leaf.grad
-    leaf.grad = None
+    if leaf.grad is not None:  # it is where the product has added it
+        total += leaf.grad
+        leaf.grad = None

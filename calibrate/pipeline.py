@@ -77,6 +77,7 @@ def passes(recipe, blocks: int) -> list[list[Pass]]:
     return [[Pass(window, ratio, epochs) for window in windows] for ratio, epochs in stages]
 
 
+@torch.no_grad()
 def _finish(block: CalibrationBlock, model: Model) -> None:
     block.fold_gains(model.dtype)
     block.prepare(ratio=1.0)
@@ -164,6 +165,7 @@ class _Sweep:
                 block.load_state(state)
             self.blocks.append(block)
 
+    @torch.no_grad()
     def _run(self, block: CalibrationBlock, hidden: Activations, ratio: float) -> None:
         block.prepare(ratio)
         run_in_place(block, hidden, self.position_embeddings)

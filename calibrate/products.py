@@ -14,6 +14,7 @@ from sliderquant_vllm import ops
 
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 ROUNDS_FP32 = torch.cpu._is_amx_tile_supported()  # oneDNN does, where torch lets it
+ADDED_ROWS = 512  # of a weight whose gradient is added to a sum, at a time
 _rough = False  # inside ``rough_gradients``
 
 
@@ -51,7 +52,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, rows, in_bf16):
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.total = weight.dtype, getattr(weight, "gradient_sum", None)
         if in_bf16:
             x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
@@ -71,9 +72,21 @@ class _Linear(torch.autograd.Function):
         with _OneDnn():
             if ctx.needs_input_grad[0]:
                 grad_x = (above @ weight).float().view_as(x)
-            if ctx.needs_input_grad[1]:
+            if ctx.total is not None:
+                # Some rows at a time: a gradient of all of them would take as much memory as the weight.
+                for total, part in zip(ctx.total.split(ADDED_ROWS), above.split(ADDED_ROWS, 1), strict=True):
+                    total += part.T @ x.flatten(0, -2)
+            elif ctx.needs_input_grad[1]:
                 grad_weight = (above.T @ x.flatten(0, -2)).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None
+
+
+def sum_gradients(weight: Tensor, total: Tensor | None) -> None:
+    """From here on, add the gradients of a weight, a leaf, to a total of its shape where products with it arise.
+
+    On the CPU; elsewhere, and with None, they arrive at the leaf.
+    """
+    weight.gradient_sum = total
 
 
 def factor(weight: Tensor) -> Tensor:

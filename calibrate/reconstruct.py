@@ -123,6 +123,8 @@ def take_step(
         block.prepare(ratio)
     gradients = Gradients(blocks)
     loss = torch.tensor(sum(errors), dtype=torch.float64)
+    for block in blocks:
+        block.release()  # gradients need where it came from alone
     add_up(loss)
     if torch.isfinite(loss):
         gradients.backward()

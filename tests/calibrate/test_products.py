@@ -85,3 +85,26 @@ def test_weights_below_each_other_are_products_of_their_own(rough, bound):
     expected = output_and_gradients(functional.linear, (x.double(), weight.double()), grad)
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) < bound
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_gradients_of_a_weight_are_summed_where_they_arise(rough):
+    rows = [products.ADDED_ROWS + 8, 16]
+    weight = torch.randn(sum(rows), 32).requires_grad_()
+    samples = torch.randn(3, 7, 32)
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+
+    def learn():
+        with products.rough_gradients() if rough else torch.enable_grad():
+            leaf = products.factor(weight.detach()).requires_grad_()
+            products.sum_gradients(leaf, total)
+            for sample in samples:
+                torch.cat(products.linears(sample, leaf, rows), -1).sum().backward()
+            assert leaf.grad is None
+            products.sum_gradients(leaf, None)
+            torch.cat(products.linears(samples[0], leaf, rows), -1).sum().backward()
+            return leaf.grad
+
+    own, bound = learn(), 5e-3 if rough else 1e-6
+    assert relative_error(total, samples.double().sum((0, 1)).expand_as(weight)) < bound
+    assert relative_error(own, samples[0].double().sum(0).expand_as(weight)) < bound
