@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     from calibrate.evaluate import perplexity
     from calibrate.export import Writer, Written
     from calibrate.hub import resolve_model
-    from calibrate.memory import Budget, fit
+    from calibrate.memory import Budget, fit, return_freed_memory
     from calibrate.model import Model
     from calibrate.pipeline import calibrate
     from calibrate.progress import RunProgress
@@ -124,6 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
+    return_freed_memory()
     started = time.monotonic()
     device = parallel.start(device_named(arguments.device))
     writes = parallel.rank() == 0
@@ -225,6 +226,8 @@ def _version(package: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for anything a person can mend, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Read when torch is imported: tensors of some megabytes come and go by the thousand, huge pages come faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # As an exception a termination request unwinds through the clean-up of half-written output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

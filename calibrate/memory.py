@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +21,24 @@ logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADROOM = 0.9  # share of the machine that a run without a given budget takes
-PROCESS = 490 * 10**6  # Python, torch, transformers, a tokenizer and its text
+PROCESS = 510 * 10**6  # Python, torch, transformers, a tokenizer and its text
 FP16, FP32, FP64 = 2, 4, 8
+RETURNED_PIECES = 4 * 2**20  # bytes, at least
+M_MMAP_THRESHOLD = -3  # malloc.h
 STREAMS = 3  # inputs, targets, and those of a block that gets its initial values inside a window
 STREAM_DTYPE = torch.bfloat16
 LOGITS = 6  # fp32 copies of a sample's, of teacher and student with their logarithms and gradient
 ROTATED = 20  # bytes per value while rows of an embedding are rotated
+
+
+def return_freed_memory() -> None:
+    """Have the allocator give the system back what is freed in large pieces, from here on.
+
+    By default glibc keeps pieces of up to 32 MiB, between which larger ones then do not fit: hundreds of megabytes
+    while the blocks of a model come and go. Other allocators are left alone.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_PIECES)
 
 
 def parse_size(text: str) -> int:
@@ -119,7 +133,7 @@ def window_bytes(shapes: list[Shapes], recipe: Recipe, checkpointing: bool) -> i
     weights = sum(each.weights for each in shapes)
     per_token = [each.per_token for each in shapes]
     kept = max(per_token) + sum(each.hidden for each in shapes) if checkpointing else sum(per_token)
-    values = recipe.seqlen * kept + 3 * max(each.largest for each in shapes)
+    values = recipe.seqlen * kept + 2 * max(each.largest for each in shapes)
     return learning_bytes(recipe) * weights + FP32 * values
 
 
@@ -137,7 +151,7 @@ def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     held, moment = 1 + recipe.has_offset, shapes.widest**2
     tokens = recipe.seqlen
     forward = (held + 1) * shapes.weights + 3 * moment + tokens * shapes.per_token
-    factor = held * shapes.weights + 9 * moment  # fp32, then four in float64, of which LAPACK takes one
+    factor = held * shapes.weights + 5 * moment  # fp32, and two in float64
     search = held * shapes.weights + 2 * moment + 5 * shapes.largest
     return FP32 * max(forward, factor, search)
 

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -122,6 +124,46 @@ def test_memory_decides_what_is_given_up(directories, tmp_path, caplog):
         fitted(window_bytes([shapes], model.recipe, checkpointing=False) - 1)
     place, window, said = fitted(both(False) + streams, checkpointing=True)
     assert place.checkpointing and window == 2 and not said, "as it was asked for"
+
+
+PEAK_AND_ESTIMATE = r"""
+import re, sys
+from pathlib import Path
+import torch
+from calibrate.memory import PROCESS, Budget, expected, fit, return_freed_memory
+from calibrate.methods import compose
+from calibrate.model import Model
+from calibrate.pipeline import calibrate
+from calibrate.store import run_directory
+from sliderquant_vllm.format import WeightScheme
+from tests.calibrate.test_pipeline import Losses
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", open("/proc/self/status").read())[1])
+
+directory, output = map(Path, sys.argv[1:])
+settings = {"nsamples": 3, "seqlen": 64, "epochs": 2, "window": 1, "stride": 1, "shallow": 0, "deep": 0}
+model = Model(directory, compose(WeightScheme(4), None, **settings), torch.device("cpu"))
+samples = torch.randint(0, 96, (3, 64))
+return_freed_memory()
+place = fit(model, Budget(10**10, 0), output.parent)
+before = memory("VmRSS")
+with run_directory(output, {}, False) as run:
+    calibrate(model, samples, Losses(), run, lambda *_: None, place)
+print(memory("VmHWM") - before, expected(model, place).host - PROCESS)
+"""
+
+
+def test_a_run_takes_the_memory_that_was_foreseen(tmp_path):
+    """Beyond the process itself, which is the larger part of small runs and hides what they do with theirs."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "head_dim": 128}
+    directory = write_random_model(tmp_path / "model", "llama", num_hidden_layers=3, **sizes)
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_AND_ESTIMATE, directory, tmp_path / "out"], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    taken, foreseen = map(int, process.stdout.split())
+    assert foreseen / 1.2 < taken < foreseen * 1.2, (taken, foreseen)
 
 
 def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
