@@ -25,13 +25,18 @@ std::map<std::string, bool> cpu_features() {
 
 double peak(const std::string& kind, double seconds) {
 #ifdef SLIDERQUANT_X86
-  if (cpu::supports("avx512") && (kind == "bf16" || kind == "int8")) {
+  if (kind == "bf16" || kind == "int8") {
+    const bool bf16 = kind == "bf16";
     py::gil_scoped_release release;
-    if (cpu::supports("amx")) return kind == "bf16" ? cpu::amx::peak_bf16(seconds) : cpu::amx::peak_int8(seconds);
-    return kind == "bf16" ? cpu::avx512::peak_bf16(seconds) : cpu::avx512::peak_int8(seconds);
+    if (cpu::supports("amx")) return bf16 ? cpu::amx::peak_bf16(seconds) : cpu::amx::peak_int8(seconds);
+    if (cpu::supports("avx512")) return bf16 ? cpu::avx512::peak_bf16(seconds) : cpu::avx512::peak_int8(seconds);
+    if (cpu::supports("avx2") && !cpu::supports("avx512f")) {
+      return bf16 ? cpu::avx2::peak_bf16(seconds) : cpu::avx2::peak_int8(seconds);
+    }
   }
 #endif
-  throw py::value_error("peak: expected bf16 or int8 on a machine that runs the avx512 kernels, found " + kind);
+  throw py::value_error("peak: expected bf16 or int8 on a machine that runs the amx, avx512 or avx2 kernels, found " +
+                        kind);
 }
 
 template <class Tile>

@@ -145,10 +145,11 @@ def test_w4a4_bracket_is_exact(isa, bits, activation_bits):
             assert torch.equal(y, exact[:m].float()), (n, k, symmetric, m)
 
 
+@pytest.mark.parametrize("m", [5, 40])
 @pytest.mark.parametrize("bits", BITS)
-def test_w4a4_extreme_codes_fit_int32(isa, bits):
+def test_w4a4_extreme_codes_fit_int32(isa, bits, m):
     k = min(2**31 // (255 * (2**bits - 1)) // 32 * 32, 131072)
-    codes = torch.full((5, k), 255, dtype=torch.uint8)
+    codes = torch.full((m, k), 255, dtype=torch.uint8)
     weight = random_weight(32, k, bits, -1, symmetric=False)
     weight.codes.fill_(2**bits - 1)
     weight.packed = pack_codes(weight.codes, bits)
@@ -158,8 +159,8 @@ def test_w4a4_extreme_codes_fit_int32(isa, bits):
         prepared = integer_weight(weight)
         quantized = (
             codes,
-            torch.ones(5),
-            torch.full((5,), za, dtype=torch.int32),
+            torch.ones(m),
+            torch.full((m,), za, dtype=torch.int32),
             codes.sum(1, dtype=torch.int32),
         )
         y = ops.w4a4_gemm(*quantized, *prepared, None, bits, torch.float32)

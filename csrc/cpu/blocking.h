@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <utility>
 
+#include "../args.h"
 #include "../experts.h"
+#include "../layout.h"
 
 #define SLIDERQUANT_INLINE __attribute__((always_inline))
 
@@ -18,6 +20,23 @@ constexpr int kSuperTokens = 256;
 // Ahead of the stream of weights: hardware prefetchers stop at each 4 KB page, and one core keeps a memory of 40 GB/s
 // and 100 ns busy only with more than 4 KB under way. Measured best from 12 KB on.
 constexpr int kPrefetchBytes = 16384;
+
+// Scales and zero points of one panel are a whole row of N apart from group to group: those of a group so many further,
+// or of the next panel where there is none.
+SLIDERQUANT_INLINE inline void prefetch_scale(const Wna16& a, int64_t g, int64_t n) {
+  constexpr int64_t kAhead = 8;
+  const int64_t groups = a.k / a.group;
+  g += kAhead;
+  if (g >= groups) {
+    n += layout::kPanelRows;
+    g = std::min(g - groups, groups - 1);
+  }
+  if (n >= a.n) return;
+  const int64_t at = g * a.n + n;
+  __builtin_prefetch(a.scale + at);
+  if (a.n - n > layout::kVectorRows) __builtin_prefetch(a.scale + at + layout::kVectorRows);
+  if (a.zero != nullptr) __builtin_prefetch(a.zero + at);
+}
 
 // f.operator()<0>(), f.operator()<1>(), ... Loops over arrays of registers must be unrolled like this: unrolled by the
 // optimizer, they come too late for it to keep the array out of memory.

@@ -21,4 +21,16 @@ SLIDERQUANT_INLINE inline double fastest(double seconds, int rounds, const Round
   return best;
 }
 
+// Operations per second where step(sums) does so many instructions, each with a sum of its own, of so many operations.
+template <int Sums, class Vector, class Step>
+SLIDERQUANT_INLINE inline double peak(double seconds, int operations, const Step& step) {
+  constexpr int kRounds = 10000;
+  Vector sums[Sums] = {};
+  // To the compiler they differ, or it would compute one of them alone; and all are wanted.
+  unroll<Sums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" : "+v"(sums[I])); });
+  const double rounds = fastest(seconds, kRounds, [&]() SLIDERQUANT_INLINE { step(sums); });
+  unroll<Sums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" ::"v"(sums[I])); });
+  return rounds * Sums * operations;
+}
+
 }  // namespace sliderquant::cpu

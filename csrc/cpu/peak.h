@@ -4,6 +4,11 @@
 
 namespace sliderquant::cpu {
 
+namespace avx2 {
+double peak_bf16(double seconds);
+double peak_int8(double seconds);
+}  // namespace avx2
+
 namespace avx512 {
 double peak_bf16(double seconds);
 double peak_int8(double seconds);

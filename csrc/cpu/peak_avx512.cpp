@@ -7,24 +7,12 @@ namespace sliderquant::cpu::avx512 {
 namespace {
 
 constexpr int kSums = 24;  // as many as the kernels have
-constexpr int kRounds = 10000;
-
-// Operations per second where step(sums) does kSums instructions of so many operations each.
-template <class Vector, class Step>
-SLIDERQUANT_INLINE inline double peak(double seconds, int operations, const Step& step) {
-  Vector sums[kSums] = {};
-  // To the compiler they differ, or it would compute one of them alone; and all are wanted.
-  unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" : "+v"(sums[I])); });
-  const double rounds = fastest(seconds, kRounds, [&]() SLIDERQUANT_INLINE { step(sums); });
-  unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { asm volatile("" ::"v"(sums[I])); });
-  return rounds * kSums * operations;
-}
 
 }  // namespace
 
 double peak_bf16(double seconds) {
   const __m512i pair = _mm512_set1_epi32(0x3F803F80);
-  return peak<__m512>(seconds, 64, [&](__m512* sums) SLIDERQUANT_INLINE {
+  return peak<kSums, __m512>(seconds, 64, [&](__m512* sums) SLIDERQUANT_INLINE {
     asm volatile("" ::"v"(pair));
     unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
       sums[I] = _mm512_dpbf16_ps(sums[I], reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(pair));
@@ -34,7 +22,7 @@ double peak_bf16(double seconds) {
 
 double peak_int8(double seconds) {
   const __m512i quad = _mm512_set1_epi8(1);
-  return peak<__m512i>(seconds, 128, [&](__m512i* sums) SLIDERQUANT_INLINE {
+  return peak<kSums, __m512i>(seconds, 128, [&](__m512i* sums) SLIDERQUANT_INLINE {
     asm volatile("" ::"v"(quad));
     unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE { sums[I] = _mm512_dpbusd_epi32(sums[I], quad, quad); });
   });

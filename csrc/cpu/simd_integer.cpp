@@ -3,8 +3,12 @@
 // Index names: n output channel, panel 32 of them, v one register of a tile, m token, k input channel, q four
 // neighbouring k.
 //
-// A 32-bit lane has codes of four neighbouring k. Split into those of even and of odd k, each is a pair of 16-bit
-// integers, which one instruction multiplies with a pair of activation codes and adds up, exactly.
+// A 32-bit lane has codes of four neighbouring k. Weights of up to 4 bits are multiplied as these bytes, with sums of 16
+// bits that are widened before they can overflow. 8-bit ones, and all where there are no products of bytes, are split
+// into those of even and of odd k: each is a pair of 16-bit integers, which one instruction multiplies with a pair of
+// activation codes and adds up. Both are exact.
+#include <type_traits>
+
 #include "../formula.h"
 #include "api.h"
 #include "simd.h"
@@ -14,123 +18,221 @@ namespace {
 
 using layout::kPanelRows;
 
-constexpr int kChunk = 256;  // input channels per expansion: 32 * 256 * 2 bytes
+constexpr int kChunk = 256;  // input channels per expansion: 32 * 256 * 2 bytes at most
 static_assert(kChunk % layout::kBlockCodes == 0, "a chunk must hold whole periods of every width");
 
-// In each lane the sum of the products of two pairs of 16-bit integers from 0 to 255.
-SLIDERQUANT_INLINE inline Words multiply_pairs(Words a, Words b) {
-#if defined(SLIDERQUANT_X86) && SLIDERQUANT_LANES == 16
-  return reinterpret_cast<Words>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(SLIDERQUANT_X86) && SLIDERQUANT_LANES == 8
-  return reinterpret_cast<Words>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#elif defined(SLIDERQUANT_X86)
-  return reinterpret_cast<Words>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
-#else
-  return (a & 0xFFFF) * (b & 0xFFFF) + (a >> 16) * (b >> 16);
-#endif
+// Words that hold four k of a channel or of a token: their bytes, or two pairs.
+template <bool kBytes>
+constexpr int kQuadWords = kBytes ? 1 : 2;
+
+// Quads whose products of bytes a 16-bit sum can hold, a power of two: where codes of weights have so many bits, and
+// none of x is larger than `largest`.
+int64_t quads_per_sum(int bits, uint32_t largest) {
+  const int64_t products = 2 * ((1 << bits) - 1) * std::max<int64_t>(largest, 1);
+  int64_t quads = kChunk / 4;
+  while (quads * products > INT16_MAX) quads /= 2;
+  return quads;
+}
+static_assert(2 * 2 * 15 * 255 <= INT16_MAX && 8 * 2 * 7 * 255 <= INT16_MAX && 4 * 2 * 3 * 255 <= INT16_MAX,
+              "a sum must hold a period of codes");
+
+// Calls emit.template operator()<i>(words) for the words that the quads of a period become, of some registers' channels.
+template <int Bits, bool kBytes, int Vectors, class Emit>
+SLIDERQUANT_INLINE inline void expand(const uint32_t* w, Emit&& emit) {
+  Words words[Vectors][layout::period_words(Bits)];
+  load_period<Bits, Vectors>(w, words);
+  prefetch_period<Bits>(w);
+  unroll<layout::period_codes(Bits) / 4>([&]<int Q>() SLIDERQUANT_INLINE {
+    unroll<kQuadWords<kBytes>>([&]<int I>() SLIDERQUANT_INLINE {
+      constexpr uint32_t kRepeat = kBytes ? 0x01010101 : 0x00010001;
+      Words codes[Vectors];
+      unroll<Vectors>([&]<int V>() SLIDERQUANT_INLINE {
+        codes[V] = codes_at<layout::Family::kQuads, Bits, 4 * Q, kRepeat, 8 * I, true>(words[V]);
+      });
+      emit.template operator()<Q * kQuadWords<kBytes> + I>(codes);
+    });
+  });
 }
 
-// Expands a chunk of a panel to [quads of k][even, odd][kPanelRows].
-template <int Bits>
+// Expands a chunk of a panel to [quads of k][kQuadWords][kPanelRows].
+template <int Bits, bool kBytes>
 void expand_chunk(const uint32_t* w, int64_t chunk, uint32_t* expanded) {
-  constexpr int kQuads = layout::period_codes(Bits) / 4, kWords = layout::period_words(Bits);
-  for (int64_t k = 0; k < chunk; k += 4 * kQuads) {
+  for (int64_t k = 0; k < chunk; k += layout::period_codes(Bits)) {
     for (int at = 0; at < kPanelRows; at += kLanes) {
-      Words words[kWords];
-      unroll<kWords>([&]<int D>() SLIDERQUANT_INLINE {
-        words[D] = load<Words>(w + D * kPanelRows + at);
-        __builtin_prefetch(reinterpret_cast<const char*>(w + D * kPanelRows + at) + kPrefetchBytes);
-      });
-      unroll<kQuads>([&]<int Q>() SLIDERQUANT_INLINE {
-        uint32_t* to = expanded + 2 * Q * kPanelRows + at;
-        store(to, codes_at<layout::Family::kQuads, Bits, 4 * Q, 0x00010001, 0, true>(words));
-        store(to + kPanelRows, codes_at<layout::Family::kQuads, Bits, 4 * Q, 0x00010001, 8, true>(words));
+      expand<Bits, kBytes, 1>(w + at, [&]<int I>(const Words* codes) SLIDERQUANT_INLINE {
+        store(expanded + I * kPanelRows + at, codes[0]);
       });
     }
-    w += kWords * kPanelRows;
-    expanded += 2 * kQuads * kPanelRows;
+    w += layout::period_words(Bits) * kPanelRows;
+    expanded += layout::period_codes(Bits) / 4 * kQuadWords<kBytes> * kPanelRows;
   }
 }
 
-// sums[m, kTileRows] += (expanded [pairs, kPanelRows]) . codes [pairs, Tokens]
-template <int Tokens>
-void block_chunk(const uint32_t* expanded, int64_t pairs, const uint32_t* codes, uint32_t* sums) {
-  Words sum[Tokens][kVectors];
+// Of the products of words in registers: two of 16 bits in a lane, or one of 32.
+template <bool kBytes>
+using Sums = std::conditional_t<kBytes, Pairs, Words>;
+
+SLIDERQUANT_INLINE inline Words widen(Pairs sums) { return add_halves(sums); }
+SLIDERQUANT_INLINE inline Words widen(Words sums) { return sums; }
+
+// Adds the sums of a tile to those in memory.
+template <class Sum, int Tokens, int Vectors>
+SLIDERQUANT_INLINE inline void add_to(const Sum (&sum)[Tokens][Vectors], uint32_t* sums) {
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-    unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE { sum[M][V] = load<Words>(sums + M * kPanelRows + V * kLanes); });
-  });
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-      const Words x = splat(codes[M]);
-      unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
-        sum[M][V] += multiply_pairs(load<Words>(expanded + V * kLanes), x);
-      });
+    unroll<Vectors>([&]<int V>() SLIDERQUANT_INLINE {
+      uint32_t* into = sums + M * kPanelRows + V * kLanes;
+      store(into, load<Words>(into) + widen(sum[M][V]));
     });
-    expanded += kPanelRows;
-    codes += Tokens;
-  }
-  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-    unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE { store(sums + M * kPanelRows + V * kLanes, sum[M][V]); });
   });
 }
 
-using BlockChunk = decltype(&block_chunk<1>);
+// sums[m, kTileRows] += (expanded [words, kPanelRows]) . codes [words, Tokens]; sums of 16 bits hold so many words.
+template <int Tokens, bool kBytes>
+void block_chunk(const uint32_t* expanded, int64_t words, int64_t per_sum, const uint32_t* codes, uint32_t* sums) {
+  while (words > 0) {
+    Sums<kBytes> sum[Tokens][kVectors];
+    clear(sum);
+    int64_t left = std::min(per_sum, words);
+    words -= left;
+    do {  // a loop that may run 0 times takes more registers than there are
+      Words w[kVectors];
+      unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE { w[V] = load<Words>(expanded + V * kLanes); });
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+        const Words x = splat(codes[M]);
+        unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
+          if constexpr (kBytes) {
+            sum[M][V] += multiply_bytes(x, w[V]);
+          } else {
+            sum[M][V] += multiply_pairs(x, w[V]);
+          }
+        });
+      });
+      expanded += kPanelRows;
+      codes += Tokens;
+    } while (--left > 0);
+    add_to(sum, sums);
+  }
+}
 
-template <int... Tokens>
+using BlockChunk = decltype(&block_chunk<1, false>);
+
+template <bool kBytes, int... Tokens>
 BlockChunk block_chunk_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
-  static constexpr BlockChunk table[] = {block_chunk<Tokens + 1>...};
+  static constexpr BlockChunk table[] = {block_chunk<Tokens + 1, kBytes>...};
   return table[tokens - 1];
 }
 
-// blocks: [chunks of k][blocks of tokens][quads of k][even, odd][token]
-void panel_sums(const IntegerGemm& a, const uint32_t* blocks, int64_t panel, uint32_t* expanded, uint32_t* sums) {
-  std::fill(sums, sums + a.m * kPanelRows, 0);
+// Codes of x: [chunks of k][blocks of tokens][quads of k][kQuadWords][token].
+struct Activations {
+  const uint32_t* blocks;
+  int64_t per_sum;  // words that a sum of 16 bits holds
+};
+
+template <bool kBytes>
+void block_panel(const IntegerGemm& a, const Activations& x, int64_t panel, uint32_t* expanded, uint32_t* sums) {
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
-    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0);
+    const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0), words = chunk / 4 * kQuadWords<kBytes>;
     const int64_t period = k0 / layout::period_codes(a.bits);
     const uint32_t* w = a.w + layout::word_index(a.bits, a.k, panel * kPanelRows, period, 0);
-    layout::with_bits(a.bits, [&](auto bits) { expand_chunk<bits>(w, chunk, expanded); });
+    layout::with_bits(a.bits, [&](auto bits) { expand_chunk<bits, kBytes>(w, chunk, expanded); });
     for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
       const int64_t m = TokenBlocks::begin(a.m, block), count = TokenBlocks::begin(a.m, block + 1) - m;
-      const BlockChunk run = block_chunk_of(count, std::make_integer_sequence<int, kTileTokens>{});
+      const BlockChunk run = block_chunk_of<kBytes>(count, std::make_integer_sequence<int, kTileTokens>{});
+      const uint32_t* codes = x.blocks + (k0 * a.m + m * chunk) / 4 * kQuadWords<kBytes>;
       for (int64_t tile = 0; tile < kPanelRows; tile += kTileRows) {
-        run(expanded + tile, chunk / 2, blocks + (k0 * a.m + m * chunk) / 2, sums + m * kPanelRows + tile);
+        run(expanded + tile, words, x.per_sum, codes, sums + m * kPanelRows + tile);
       }
     }
   }
 }
 
-void pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
+// Few tokens: weights go from memory straight into the products.
+template <int Bits, int Tokens>
+void direct_panel(const IntegerGemm& a, const Activations& x, int64_t panel, uint32_t* sums) {
+  constexpr int kQuads = layout::period_codes(Bits) / 4, kWide = kDirectVectors<Bits, Tokens>;
+  for (int64_t tile = 0; tile < kPanelRows; tile += kWide * kLanes) {
+    const uint32_t* w = a.w + layout::word_index(Bits, a.k, panel * kPanelRows, 0, 0) + tile;
+    const uint32_t* codes = x.blocks;
+    for (int64_t quads = a.k / 4; quads > 0;) {
+      Pairs sum[Tokens][kWide];
+      clear(sum);
+      int64_t left = std::min(x.per_sum, quads);
+      quads -= left;
+      do {
+        expand<Bits, true, kWide>(w, [&]<int Q>(const Words* quads) SLIDERQUANT_INLINE {
+          unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+            const Words x_quad = splat(codes[Q * Tokens + M]);
+            unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE { add_now(sum[M][V], multiply_bytes(x_quad, quads[V])); });
+          });
+        });
+        w += layout::period_words(Bits) * kPanelRows;
+        codes += kQuads * Tokens;
+      } while ((left -= kQuads) > 0);
+      add_to(sum, sums + tile);
+    }
+  }
+}
+
+constexpr int kDirectTokens = 5;  // up to here expanding weights into scratch costs more than it saves
+
+template <int Bits, int... Tokens>
+auto direct_panel_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
+  static constexpr decltype(&direct_panel<Bits, 1>) table[] = {direct_panel<Bits, Tokens + 1>...};
+  return table[tokens - 1];
+}
+
+// Returns the largest code.
+template <bool kBytes>
+uint32_t pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* blocks) {
+  uint8_t largest = 0;
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0), count = end - begin;
-    uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 2;
+    uint32_t* packed = blocks + (k0 * a.m + begin * chunk) / 4 * kQuadWords<kBytes>;
     for (int64_t m = begin; m < end; ++m) {
       const uint8_t* codes = a.codes + m * a.k + k0;
+      for (int64_t k = 0; k < chunk; ++k) largest = std::max(largest, codes[k]);
       for (int64_t q = 0; q < chunk / 4; ++q) {
-        for (int odd = 0; odd < 2; ++odd) {
-          const uint32_t pair = codes[4 * q + odd] | static_cast<uint32_t>(codes[4 * q + 2 + odd]) << 16;
-          packed[(2 * q + odd) * count + m - begin] = pair;
+        if constexpr (kBytes) {
+          memcpy(packed + q * count + m - begin, codes + 4 * q, 4);
+        } else {
+          for (int odd = 0; odd < 2; ++odd) {
+            const uint32_t pair = codes[4 * q + odd] | static_cast<uint32_t>(codes[4 * q + 2 + odd]) << 16;
+            packed[(2 * q + odd) * count + m - begin] = pair;
+          }
         }
       }
     }
   }
+  return largest;
 }
 
 // The panels given, for up to kSuperTokens tokens.
+template <bool kBytes>
 void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
   thread_local Scratch pack;
-  auto* blocks = pack.get<uint32_t>(a.m * a.k / 2);
-  parallel_for(parallel, TokenBlocks::count(a.m), 1, [&](int64_t begin, int64_t end) {
+  const int64_t count = TokenBlocks::count(a.m);
+  auto* largest = pack.get<uint32_t>(count + a.m * a.k / 4 * kQuadWords<kBytes>);
+  uint32_t* blocks = largest + count;
+  parallel_for(parallel, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      pack_block(a, TokenBlocks::begin(a.m, block), TokenBlocks::begin(a.m, block + 1), blocks);
+      const int64_t m = TokenBlocks::begin(a.m, block);
+      largest[block] = pack_block<kBytes>(a, m, TokenBlocks::begin(a.m, block + 1), blocks);
     }
   });
+  const Activations x = {blocks, kBytes ? quads_per_sum(a.bits, *std::max_element(largest, largest + count)) : kChunk};
   parallel_for(parallel, of.end - of.begin, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     auto* expanded = scratch.get<uint32_t>((kChunk / 2 + a.m) * kPanelRows);
     uint32_t* sums = expanded + kChunk / 2 * kPanelRows;
     for (int64_t panel = of.begin + begin; panel < of.begin + end; ++panel) {
-      panel_sums(a, blocks, panel, expanded, sums);
+      std::fill(sums, sums + a.m * kPanelRows, 0);
+      if (kBytes && a.m <= kDirectTokens) {
+        layout::with_bits(a.bits, [&](auto bits) {
+          direct_panel_of<bits>(a.m, std::make_integer_sequence<int, kDirectTokens>{})(a, x, panel, sums);
+        });
+      } else {
+        block_panel<kBytes>(a, x, panel, expanded, sums);
+      }
       const int64_t n0 = panel * kPanelRows, rows = std::min<int64_t>(kPanelRows, a.n - n0);
       for (int64_t m = 0; m < a.m; ++m) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -144,7 +246,8 @@ void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
 }  // namespace
 
 void integer_gemm(const IntegerGemm& a, Panels of, Parallel parallel) {
-  for_super_tokens(a, [&](const IntegerGemm& part) { super_block(part, of, parallel); });
+  const auto run = kMultipliesBytes && a.bits <= 4 ? super_block<true> : super_block<false>;
+  for_super_tokens(a, [&](const IntegerGemm& part) { run(part, of, parallel); });
 }
 
 }  // namespace sliderquant::cpu::SLIDERQUANT_RUNG

@@ -8,6 +8,7 @@
 // scratch, its zero points subtracted, and reused by all of them; x is first converted and packed block by block of
 // tokens.
 #include "api.h"
+#include "fixed_point.h"
 #include "simd.h"
 
 namespace sliderquant::cpu::SLIDERQUANT_RUNG {
@@ -33,38 +34,32 @@ struct Lookup {
   }
 };
 
-// Calls emit.template operator()<j>(values) for each k of a period of one register's channels.
-template <int Bits, class Emit>
+// Calls emit.template operator()<j>(values) for each k of a period of some registers' channels.
+template <int Bits, int Vectors, class Emit>
 SLIDERQUANT_INLINE inline void expand(const uint32_t* w, const Lookup<Bits>& lookup, Emit&& emit) {
-  Words words[layout::period_words(Bits)];
-  unroll<layout::period_words(Bits)>(
-      [&]<int D>() SLIDERQUANT_INLINE { words[D] = load<Words>(w + D * kPanelRows); });
+  Words words[Vectors][layout::period_words(Bits)];
+  load_period<Bits, Vectors>(w, words);
+  prefetch_period<Bits>(w);
   unroll<layout::period_codes(Bits)>([&]<int J>() SLIDERQUANT_INLINE {
-    emit.template operator()<J>(
-        lookup(codes_at<layout::Family::kPairs, Bits, J, 1, 0, !Lookup<Bits>::kTable>(words)));
+    Floats values[Vectors];
+    unroll<Vectors>([&]<int V>() SLIDERQUANT_INLINE {
+      values[V] = lookup(codes_at<layout::Family::kPairs, Bits, J, 1, 0, !Lookup<Bits>::kTable>(words[V]));
+    });
+    emit.template operator()<J>(values);
   });
 }
 
-// Of the channels of a panel; 0 beyond the last one.
-struct GroupScale {
+// The scale, and the zero point less the middle of the codes, of a panel's channels.
+struct PanelScale {
   alignas(64) float scale[kPanelRows];
-  alignas(64) float zero[kPanelRows];  // zero point - 2^(bits-1)
+  alignas(64) float zero[kPanelRows];
 };
 
-void load_scale(const Wna16& a, int64_t g, int64_t n0, GroupScale& s) {
-  const int64_t rows = std::min<int64_t>(kPanelRows, a.n - n0), at = g * a.n + n0;
-  uint8_t zeros[kPanelRows] = {};
-  if (rows < kPanelRows) s = {};
-  memcpy(s.scale, a.scale + at, sizeof(float) * rows);
-  if (a.zero != nullptr) memcpy(zeros, a.zero + at, rows);
-  const int middle = a.zero != nullptr ? 1 << (a.bits - 1) : 0;
-  for (int64_t r = 0; r < kPanelRows; ++r) s.zero[r] = static_cast<float>(zeros[r] - middle);
-}
-
-void store_rows(const Wna16& a, int64_t m, int64_t n0, const float* sums) {
-  const int64_t rows = std::min<int64_t>(kPanelRows, a.n - n0);
-  for (int64_t r = 0; r < rows; ++r) {
-    store_float(a.y, a.x_type, m * a.n + n0 + r, sums[r] + (a.bias != nullptr ? a.bias[n0 + r] : 0));
+void load_panel_scale(const Wna16& a, int64_t g, int64_t n0, PanelScale& s) {
+  for (int64_t at = 0; at < kPanelRows; at += kLanes) {
+    const auto [scale, zero] = load_scale(a, g, n0 + at);
+    store(s.scale + at, scale);
+    store(s.zero + at, zero - splat(static_cast<float>(1 << (a.bits - 1))));
   }
 }
 
@@ -74,57 +69,55 @@ struct Activations {
   const float* group_sum;
 };
 
-// The channels [n0 + tile, n0 + tile + kTileRows) of a panel, for all of up to kTileTokens tokens.
+// A panel for Tokens tokens, as many channels at a time as registers hold.
 template <int Bits, int Tokens>
-void direct_tile(const Wna16& a, const Activations& x, int64_t panel, int64_t tile, const Lookup<Bits>& lookup,
-                 float* sums) {
-  const int64_t groups = a.k / a.group, n0 = panel * kPanelRows;
-  const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0) + tile;
-  const float* x_k = x.blocks;
+void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Lookup<Bits>& lookup, float* sums) {
   // One token alone would wait for the latency of each product.
-  constexpr int kChains = Tokens == 1 ? 8 / kVectors : 1;
-  Floats y[Tokens][kVectors] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    Floats sum[Tokens][kVectors][kChains] = {};
-    for (int64_t k = 0; k < a.group; k += layout::period_codes(Bits)) {
-      unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
-        unroll<layout::period_words(Bits)>([&]<int D>() SLIDERQUANT_INLINE {
-          __builtin_prefetch(reinterpret_cast<const char*>(w + D * kPanelRows + V * kLanes) + kPrefetchBytes);
-        });
-        expand<Bits>(w + V * kLanes, lookup, [&]<int J>(Floats value) SLIDERQUANT_INLINE {
+  constexpr int kWide = kDirectVectors<Bits, Tokens>, kChains = Tokens == 1 ? 8 / kWide : 1;
+  const int64_t groups = a.k / a.group, n0 = panel * kPanelRows;
+  for (int64_t tile = 0; tile < kPanelRows; tile += kWide * kLanes) {
+    const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0) + tile;
+    const float* x_k = x.blocks;
+    Floats y[Tokens][kWide];
+    clear(y);
+    for (int64_t g = 0; g < groups; ++g) {
+      prefetch_scale(a, g, n0);
+      Floats sum[Tokens][kWide][kChains];
+      unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { clear(sum[M]); });
+      int64_t left = a.group;
+      do {  // a loop that may run 0 times takes more registers than there are
+        expand<Bits, kWide>(w, lookup, [&]<int J>(const Floats* values) SLIDERQUANT_INLINE {
           unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-            sum[M][V][J % kChains] += splat(x_k[J * Tokens + M]) * value;
+            const Floats x_m = splat(x_k[J * Tokens + M]);
+            unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE { sum[M][V][J % kChains] += x_m * values[V]; });
           });
         });
+        w += layout::period_words(Bits) * kPanelRows;
+        x_k += layout::period_codes(Bits) * Tokens;
+      } while ((left -= layout::period_codes(Bits)) > 0);
+      unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE {
+        const auto [scale, zero] = load_scale(a, g, n0 + tile + V * kLanes);
+        const Floats beyond = zero - splat(static_cast<float>(Lookup<Bits>::kMiddle));
+        unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
+          Floats total = sum[M][V][0];
+          unroll<kChains - 1>([&]<int U>() SLIDERQUANT_INLINE { total += sum[M][V][U + 1]; });
+          if (a.zero != nullptr) total -= beyond * splat(x.group_sum[g * Tokens + M]);
+          y[M][V] += scale * total;
+        });
       });
-      w += layout::period_words(Bits) * kPanelRows;
-      x_k += layout::period_codes(Bits) * Tokens;
     }
-    GroupScale s;
-    load_scale(a, g, n0, s);
     unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-      unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
-        Floats total = sum[M][V][0];
-        unroll<kChains - 1>([&]<int U>() SLIDERQUANT_INLINE { total += sum[M][V][U + 1]; });
-        if (a.zero != nullptr) {
-          total -= load<Floats>(s.zero + tile + V * kLanes) * splat(x.group_sum[g * Tokens + M]);
-        }
-        y[M][V] += load<Floats>(s.scale + tile + V * kLanes) * total;
-      });
+      unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE { store(sums + M * kPanelRows + tile + V * kLanes, y[M][V]); });
     });
   }
-  unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
-    unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
-      store(sums + M * kPanelRows + tile + V * kLanes, y[M][V]);
-    });
-  });
 }
 
 // sums[m, kTileRows] += scale * (expanded [count, kPanelRows] of one group) . x [count, Tokens]
 template <int Tokens>
 void block_group(const float* expanded, int64_t count, const float* x, const float* scale, float* sums) {
-  Floats sum[Tokens][kVectors] = {};
-  for (int64_t k = 0; k < count; ++k) {
+  Floats sum[Tokens][kVectors];
+  clear(sum);
+  do {  // a loop that may run 0 times takes more registers than there are
     Floats w[kVectors];
     unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE { w[V] = load<Floats>(expanded + V * kLanes); });
     unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
@@ -133,7 +126,7 @@ void block_group(const float* expanded, int64_t count, const float* x, const flo
     });
     expanded += kPanelRows;
     x += Tokens;
-  }
+  } while (--count > 0);
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
     unroll<kVectors>([&]<int V>() SLIDERQUANT_INLINE {
       float* into = sums + M * kPanelRows + V * kLanes;
@@ -156,17 +149,17 @@ void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Look
                  float* sums) {
   const int64_t n0 = panel * kPanelRows;
   const uint32_t* w = a.w + layout::word_index(Bits, a.k, n0, 0, 0);
-  GroupScale s;
+  PanelScale s;
   std::fill(sums, sums + a.m * kPanelRows, 0.0f);
   for (int64_t k0 = 0; k0 < a.k; k0 += kChunk) {
     const int64_t chunk = std::min<int64_t>(kChunk, a.k - k0), part = std::min(a.group, chunk);
     for (int64_t first = 0; first < chunk; first += part) {
-      load_scale(a, (k0 + first) / a.group, n0, s);
+      load_panel_scale(a, (k0 + first) / a.group, n0, s);
       for (int64_t k = 0; k < part; k += layout::period_codes(Bits)) {
         unroll<kPanelRows / kLanes>([&]<int V>() SLIDERQUANT_INLINE {
           const Floats zero = load<Floats>(s.zero + V * kLanes);
-          expand<Bits>(w + V * kLanes, lookup, [&]<int J>(Floats value) SLIDERQUANT_INLINE {
-            store(expanded + (k + J) * kPanelRows + V * kLanes, value - zero);
+          expand<Bits, 1>(w + V * kLanes, lookup, [&]<int J>(const Floats* values) SLIDERQUANT_INLINE {
+            store(expanded + (k + J) * kPanelRows + V * kLanes, values[0] - zero);
           });
         });
         w += layout::period_words(Bits) * kPanelRows;
@@ -184,14 +177,12 @@ void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Look
 }
 
 template <int Bits, int... Tokens>
-void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Lookup<Bits>& lookup, float* sums,
-                  std::integer_sequence<int, Tokens...>) {
-  using Direct = decltype(&direct_tile<Bits, 1>);
-  static constexpr Direct table[] = {direct_tile<Bits, Tokens + 1>...};
-  for (int64_t tile = 0; tile < kPanelRows; tile += kTileRows) table[a.m - 1](a, x, panel, tile, lookup, sums);
+auto direct_panel_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
+  static constexpr decltype(&direct_panel<Bits, 1>) table[] = {direct_panel<Bits, Tokens + 1>...};
+  return table[tokens - 1];
 }
 
-constexpr int kDirectTokens = 3;  // up to here expanding weights into scratch costs more than it saves
+constexpr int kDirectTokens = 5;  // up to here expanding weights into scratch costs more than it saves
 
 template <int Bits>
 void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
@@ -201,7 +192,7 @@ void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
   const Lookup<Bits> lookup;
   for (int64_t panel = begin; panel < end; ++panel) {
     if (a.m <= kDirectTokens) {
-      direct_panel<Bits>(a, x, panel, lookup, sums, std::make_integer_sequence<int, kDirectTokens>{});
+      direct_panel_of<Bits>(a.m, std::make_integer_sequence<int, kDirectTokens>{})(a, x, panel, lookup, sums);
     } else {
       block_panel<Bits>(a, x, panel, lookup, expanded, sums);
     }
@@ -251,6 +242,9 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
 }  // namespace
 
 void wna16(const Wna16& a, Panels of, Parallel parallel) {
+  if constexpr (kMultipliesBytes) {
+    if (a.m == 1 && a.bits <= 3 && fixed_point_wna16(a, of, parallel)) return;
+  }
   for_super_tokens(a, [&](const Wna16& part) { super_block(part, of, parallel); });
 }
 

@@ -52,7 +52,7 @@ void expand_chunk(const Wna16& a, const Expand<Bits, HasZero>& expand, const uin
   const int64_t part = std::min(a.group, chunk);
   for (int64_t k = 0; k < chunk; k += part) {
     const int64_t g = (k0 + k) / a.group;
-    prefetch_scale(a, g + kScalePrefetch, n0);
+    prefetch_scale(a, g, n0);
     __m512i zero[kTiles] = {};
     Scale scale = {};
     unroll<kTiles>([&]<int T>() SLIDERQUANT_INLINE {

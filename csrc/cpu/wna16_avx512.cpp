@@ -95,7 +95,7 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Exp
   __m512 y[Tokens][kTiles];
   unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE { y[M][0] = y[M][1] = _mm512_setzero_ps(); });
   for (int64_t g = 0; g < groups; ++g) {
-    prefetch_scale(a, g + kScalePrefetch, n0);
+    prefetch_scale(a, g, n0);
     __m512 sum[Tokens][kTiles][kChains];
     unroll<Tokens>([&]<int M>() SLIDERQUANT_INLINE {
       unroll<kChains>([&]<int U>() SLIDERQUANT_INLINE { sum[M][0][U] = sum[M][1][U] = _mm512_setzero_ps(); });
@@ -191,7 +191,7 @@ uint32_t load_block_scales(const Wna16& a, int64_t first, int64_t count, int64_t
   uint32_t ends = 0;
   int64_t begin = 0;  // of the run
   for (int64_t i = 0; i < count; ++i) {
-    prefetch_scale(a, first + i + kScalePrefetch, n0);
+    prefetch_scale(a, first + i, n0);
     bool ends_before = false;
     for (int t = 0; t < kTiles; ++t) {
       const int64_t n = n0 + t * layout::kVectorRows;

@@ -8,10 +8,9 @@
 
 #include "../args.h"
 #include "avx512.h"
+#include "blocking.h"
 
 namespace sliderquant::cpu::avx512 {
-
-constexpr int kScalePrefetch = 8;  // groups ahead: scales of one panel are a whole row of N apart
 
 // Zero points of one group of one half panel, in every byte of a lane.
 SLIDERQUANT_INLINE inline __m512i load_zero_bytes(const Wna16& a, int64_t g, int64_t n) {
@@ -22,20 +21,6 @@ SLIDERQUANT_INLINE inline __m512i load_zero_bytes(const Wna16& a, int64_t g, int
 // Scales of the same.
 SLIDERQUANT_INLINE inline __m512 load_scale(const Wna16& a, int64_t g, int64_t n) {
   return _mm512_maskz_loadu_ps(tail_mask(n, a.n), a.scale + g * a.n + n);
-}
-
-// Group g of the panel at n, or of the next panel where g runs past the last one.
-SLIDERQUANT_INLINE inline void prefetch_scale(const Wna16& a, int64_t g, int64_t n) {
-  const int64_t groups = a.k / a.group;
-  if (g >= groups) {
-    n += layout::kPanelRows;
-    g = std::min(g - groups, groups - 1);
-  }
-  if (n >= a.n) return;
-  const int64_t at = g * a.n + n;
-  _mm_prefetch(a.scale + at, _MM_HINT_T0);
-  if (a.n - n > layout::kVectorRows) _mm_prefetch(a.scale + at + layout::kVectorRows, _MM_HINT_T0);
-  if (a.zero != nullptr) _mm_prefetch(a.zero + at, _MM_HINT_T0);
 }
 
 inline void store_row(const Wna16& a, int64_t m, int64_t n, __m512 sum) {

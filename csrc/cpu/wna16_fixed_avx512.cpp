@@ -4,10 +4,7 @@
 // Index names: n output channel, panel 32 of them, t half of a panel (one register), m token, k input channel,
 // block up to 128 of them within a group, q four k of a period, d digit, u independent accumulator chain.
 //
-// x becomes fixed point: within a block every value is a 23-bit integer times a power of two. That is exact for bf16
-// within 2^14 of the largest value of the block (2^11 for fp16), and smaller ones are off by 2^-22 of the largest at
-// most. Three signed bytes make such an integer, and vpdpbusd adds their products with the codes without any rounding.
-// Zero points are subtracted from these sums, in fp32 that holds them exactly.
+// fixed_point.h says what becomes of x.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -20,24 +17,7 @@
 namespace sliderquant::cpu::avx512 {
 namespace {
 
-constexpr int kDigits = 3;
-constexpr int kIntegerBits = 22;  // of a magnitude: digits from -128 to 127 reach no further than 0x7F7F7F
-constexpr int64_t kBlock = 128;
-static_assert(kBlock * 255 * 128 < 1 << 24, "the sums of a block and their zero points must be exact in fp32");
-
-// Which two pairs of k the bytes of a quad hold: the first pair in bytes 0 and 2, the second in bytes 1 and 3.
-struct PairsOfQuad {
-  int first, second;
-};
-
-template <int Bits>
-constexpr PairsOfQuad pairs_of_quad(int q) {
-  constexpr int kHalf = 8 / Bits;  // quads of a word
-  if (Bits != 3) return {q, q + kHalf};
-  // Of the five pairs of a word 0 and 3, 1 and 4 are together; the third ones and the sixteenth pair remain.
-  if (q < 6) return {5 * (q / 2) + q % 2, 5 * (q / 2) + q % 2 + 3};
-  return q == 6 ? PairsOfQuad{2, 7} : PairsOfQuad{12, 15};
-}
+using namespace fixed_point;
 
 // Quads of the layout kPairs, unsigned, as ExpandQuads emits those of its own: with 2 and 4 bits they are the same ones.
 template <int Bits>
@@ -90,32 +70,6 @@ struct UnsignedQuads<8> {
   }
 };
 
-// x as integers: for each token digit by digit the bytes [k], in the order of the quads, and for each block the step
-// of the integers and the sums of the digits.
-struct FixedPoint {
-  int8_t* digits;  // [m][d][k]
-  float* step;     // [m][block]
-  float* sum;      // [m][block][d]
-  int64_t k, blocks;
-};
-
-// The block that holds channel k: within a group, and from a multiple of kBlock of it on.
-int64_t block_size(const Wna16& a, int64_t k) { return std::min(kBlock, a.group - k % a.group); }
-int64_t block_count(const Wna16& a) { return a.k / a.group * ((a.group + kBlock - 1) / kBlock); }
-
-// Where the 32 codes from a multiple of 32 on come from.
-template <int Bits>
-struct Order {
-  alignas(64) int32_t from[layout::kBlockCodes] = {};
-  constexpr Order() {
-    for (int i = 0; i < layout::kBlockCodes; ++i) {
-      const int period = i / layout::period_codes(Bits) * layout::period_codes(Bits), byte = i % 4;
-      const PairsOfQuad pairs = pairs_of_quad<Bits>((i - period) / 4);
-      from[i] = period + 2 * (byte % 2 == 0 ? pairs.first : pairs.second) + byte / 2;
-    }
-  }
-};
-
 SLIDERQUANT_INLINE inline __m512 load_values(const uint16_t* x, Float type) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return type == Float::kFp16 ? _mm512_cvtph_ps(half)
@@ -123,7 +77,7 @@ SLIDERQUANT_INLINE inline __m512 load_values(const uint16_t* x, Float type) {
 }
 
 template <int Bits>
-bool to_fixed_point(const Wna16& a, int64_t m, const FixedPoint& x) {
+bool to_fixed_point(const Wna16& a, int64_t m, const Activations& x) {
   static constexpr Order<Bits> order;
   const __m512i from[2] = {_mm512_load_si512(order.from), _mm512_load_si512(order.from + 16)};
   const uint16_t* row = a.x + m * a.x_stride;
@@ -138,9 +92,7 @@ bool to_fixed_point(const Wna16& a, int64_t m, const FixedPoint& x) {
       largest = _mm512_max_ps(largest, value);
     }
     if (infinite != 0) return false;
-    int exponent;  // largest < 2^exponent
-    std::frexp(_mm512_reduce_max_ps(largest), &exponent);
-    exponent = std::max(exponent, -100);  // the step must be a normal number
+    const int exponent = exponent_of(_mm512_reduce_max_ps(largest));
     x.step[block] = std::ldexp(1.0f, exponent - kIntegerBits);
     const __m512 per_step = _mm512_set1_ps(std::ldexp(1.0f, kIntegerBits - exponent));
     __m512i sum[kDigits] = {};
@@ -173,7 +125,7 @@ SLIDERQUANT_INLINE inline __m512i broadcast_quad(const int8_t* digits) {
 
 // A panel for Tokens tokens.
 template <int Bits, int Tokens>
-void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
+void fixed_point_panel(const Wna16& a, const Activations& x, int64_t panel) {
   // One token alone would wait for the latency of each product; two chains of more would not stay in registers.
   constexpr int kChains = Tokens > 1 ? 1 : std::min(2, UnsignedQuads<Bits>::kQuads);
   constexpr int kSums = Tokens * kDigits;
@@ -186,7 +138,7 @@ void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
   for (int64_t k = 0, block = 0, size; k < a.k; k += size, ++block) {
     size = block_size(a, k);
     const int64_t g = k / a.group;
-    prefetch_scale(a, g + kScalePrefetch, n0);
+    prefetch_scale(a, g, n0);
     __m512i sum[kSums][kTiles][kChains];
     unroll<kSums>([&]<int I>() SLIDERQUANT_INLINE {
       unroll<kChains>([&]<int U>() SLIDERQUANT_INLINE { sum[I][0][U] = sum[I][1][U] = _mm512_setzero_si512(); });
@@ -232,8 +184,8 @@ void fixed_point_panel(const Wna16& a, const FixedPoint& x, int64_t panel) {
   });
 }
 
-using RunPanel = void (*)(const Wna16&, const FixedPoint&, int64_t);
-using Prepare = bool (*)(const Wna16&, int64_t, const FixedPoint&);
+using RunPanel = void (*)(const Wna16&, const Activations&, int64_t);
+using Prepare = bool (*)(const Wna16&, int64_t, const Activations&);
 
 template <int Bits>
 std::pair<Prepare, RunPanel> functions_of(int64_t tokens) {
@@ -249,7 +201,7 @@ bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
   thread_local Scratch digits, floats;
   const int64_t blocks = block_count(a);
   float* step = floats.get<float>(a.m * blocks * (1 + kDigits));
-  const FixedPoint x = {digits.get<int8_t>(a.m * kDigits * a.k), step, step + a.m * blocks, a.k, blocks};
+  const Activations x = {digits.get<int8_t>(a.m * kDigits * a.k), step, step + a.m * blocks, a.k, blocks};
   const auto [prepare, run] = layout::with_bits(a.bits, [&](auto bits) { return functions_of<bits>(a.m); });
   for (int64_t m = 0; m < a.m; ++m) {
     if (!prepare(a, m, x)) return false;
