@@ -14,6 +14,7 @@ import torch
 from sliderquant_vllm import ops
 from sliderquant_vllm.packing import pack_codes
 
+BASELINE = "bf16"  # what the name of the contender begins with that others are compared with
 GROUP_SIZE = 128
 BASE_ROWS = 1024  # weights repeat after so many output channels: preparing them stays fast, reading them costs the same
 
@@ -129,6 +130,7 @@ def vllm_ops(needed: str):
 
 
 def vllm_bf16(problem: Problem) -> Contender:
+    """As vLLM serves it: by oneDNN, or by torch on CPUs for which oneDNN has no product of bf16."""
     vllm = vllm_ops("onednn_mm")
 
     def prepare(weight):
@@ -137,7 +139,28 @@ def vllm_bf16(problem: Problem) -> Contender:
     def run(x, handler):
         return vllm.onednn_mm(handler, x, None)
 
-    return problem.contender("bf16 onednn_mm (vLLM)", problem.weight, (problem.tile(problem.weight),), run, prepare)
+    try:
+        prepare(problem.weight)
+    except RuntimeError:
+        return torch_linear(problem, torch.bfloat16)
+    tensors = (problem.tile(problem.weight),)
+    return problem.contender(f"{BASELINE} onednn_mm (vLLM)", problem.weight, tensors, run, prepare)
+
+
+def torch_linear(problem: Problem, dtype: torch.dtype) -> Contender:
+    name = BASELINE if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+    def run(x, weight):
+        return torch.nn.functional.linear(x.to(dtype), weight)
+
+    tensors = (problem.tile(problem.weight.to(dtype)),)
+    return problem.contender(f"{name} linear (torch)", problem.weight, tensors, run)
+
+
+def torch_fp32(problem: Problem) -> Contender:
+    if torch.cpu._is_avx512_bf16_supported():
+        raise Absent("this CPU multiplies bf16, which is faster")
+    return torch_linear(problem, torch.float32)
 
 
 def vllm_w4a16(problem: Problem) -> Contender:
@@ -214,9 +237,9 @@ def torch_w4a16(problem: Problem) -> Contender:
     return problem.contender(f"W4A16 g{GROUP_SIZE} _weight_int4pack_mm (torch)", dense, tensors, run)
 
 
-BASELINE = "bf16 onednn_mm (vLLM)"
 BUILDERS: dict[str, Callable[[Problem], Contender]] = {
     BASELINE: vllm_bf16,
+    "float32": torch_fp32,
     "cpu_gemm_wna16": vllm_w4a16,
     "int4_scaled_mm_cpu": vllm_w4a8,
     "onednn_scaled_mm": vllm_w8a8,

@@ -103,9 +103,11 @@ def measure(args: argparse.Namespace) -> dict:
         problem, contenders = Problem(n, k, last_level_cache_bytes()), []
         for name, build in BUILDERS.items():
             try:
-                contenders.append(build(problem))
-            except Absent as reason:
-                result["absent"][name] = str(reason)
+                contender = build(problem)
+                contender.run(0, torch.zeros(1, k, dtype=torch.bfloat16))
+                contenders.append(contender)
+            except (Absent, RuntimeError) as reason:  # the latter from an op that this CPU cannot run
+                result["absent"][name] = " ".join(str(reason).split())
         for m in args.m:
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
             limits = {"read_gb_per_s": read_bandwidth()} | peaks(threads)
@@ -229,6 +231,7 @@ def show(result: dict) -> None:
         of_shape = [row for row in rows if (row["n"], row["k"]) == (n, k)]
         tokens = list(dict.fromkeys(row["m"] for row in of_shape))
         found = {(row["op"], row["m"]): row for row in of_shape}
+        baselines = {row["m"]: row for row in of_shape if row["op"].startswith(BASELINE)}
         read = max(row["read_gb_per_s"] for row in of_shape)
         table = Table(
             title=f"N={n} K={k}, {result['threads']} thread(s), {result['isa']}; memory reads {read:.1f} GB/s"
@@ -240,7 +243,7 @@ def show(result: dict) -> None:
         for op in dict.fromkeys(row["op"] for row in of_shape):
             cells = []
             for m in tokens:
-                row, baseline = found[op, m], found.get((BASELINE, m))
+                row, baseline = found[op, m], baselines.get(m)
                 ratio = f"{baseline['ms'] / row['ms']:.2f}x" if baseline else "-"
                 cells.append(f"{row['ms']:.3f} {ratio:>6} {fraction(row):4.0%}")
             table.add_row(op, *cells, f"{max(found[op, m]['error'] for m in tokens):.1e}")
