@@ -41,7 +41,6 @@ template <int Bits, bool kBytes, int Vectors, class Emit>
 SLIDERQUANT_INLINE inline void expand(const uint32_t* w, Emit&& emit) {
   Words words[Vectors][layout::period_words(Bits)];
   load_period<Bits, Vectors>(w, words);
-  prefetch_period<Bits>(w);
   unroll<layout::period_codes(Bits) / 4>([&]<int Q>() SLIDERQUANT_INLINE {
     unroll<kQuadWords<kBytes>>([&]<int I>() SLIDERQUANT_INLINE {
       constexpr uint32_t kRepeat = kBytes ? 0x01010101 : 0x00010001;
@@ -63,6 +62,7 @@ void expand_chunk(const uint32_t* w, int64_t chunk, uint32_t* expanded) {
         store(expanded + I * kPanelRows + at, codes[0]);
       });
     }
+    prefetch_period<Bits>(w);
     w += layout::period_words(Bits) * kPanelRows;
     expanded += layout::period_codes(Bits) / 4 * kQuadWords<kBytes> * kPanelRows;
   }
@@ -165,6 +165,7 @@ void direct_panel(const IntegerGemm& a, const Activations& x, int64_t panel, uin
             unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE { add_now(sum[M][V], multiply_bytes(x_quad, quads[V])); });
           });
         });
+        prefetch_period<Bits>(w);
         w += layout::period_words(Bits) * kPanelRows;
         codes += kQuads * Tokens;
       } while ((left -= kQuads) > 0);

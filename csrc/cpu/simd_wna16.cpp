@@ -39,7 +39,6 @@ template <int Bits, int Vectors, class Emit>
 SLIDERQUANT_INLINE inline void expand(const uint32_t* w, const Lookup<Bits>& lookup, Emit&& emit) {
   Words words[Vectors][layout::period_words(Bits)];
   load_period<Bits, Vectors>(w, words);
-  prefetch_period<Bits>(w);
   unroll<layout::period_codes(Bits)>([&]<int J>() SLIDERQUANT_INLINE {
     Floats values[Vectors];
     unroll<Vectors>([&]<int V>() SLIDERQUANT_INLINE {
@@ -92,6 +91,7 @@ void direct_panel(const Wna16& a, const Activations& x, int64_t panel, const Loo
             unroll<kWide>([&]<int V>() SLIDERQUANT_INLINE { sum[M][V][J % kChains] += x_m * values[V]; });
           });
         });
+        prefetch_period<Bits>(w);
         w += layout::period_words(Bits) * kPanelRows;
         x_k += layout::period_codes(Bits) * Tokens;
       } while ((left -= layout::period_codes(Bits)) > 0);
@@ -162,6 +162,7 @@ void block_panel(const Wna16& a, const Activations& x, int64_t panel, const Look
             store(expanded + (k + J) * kPanelRows + V * kLanes, values[0] - zero);
           });
         });
+        prefetch_period<Bits>(w);
         w += layout::period_words(Bits) * kPanelRows;
       }
       for (int64_t block = 0; block < TokenBlocks::count(a.m); ++block) {
