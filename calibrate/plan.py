@@ -30,7 +30,7 @@ from calibrate.end_to_end import check_memory
 from calibrate.errors import UserError
 from calibrate.evaluate import text_windows
 from calibrate.hub import resolve_model
-from calibrate.memory import FP32, STREAMS, Budget, expected, fit, host_memory, stream_bytes
+from calibrate.memory import FP32, STREAMS, Budget, expected, fit, host_memory, return_freed_memory, stream_bytes
 from calibrate.model import EMBEDDING, HEAD, Model
 from calibrate.pipeline import passes
 from calibrate.probe import measure
@@ -269,6 +269,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
         return 0
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
+    return_freed_memory()  # as a run does, which takes time
     with Console(stderr=True).status("checking, and timing parts of the model"):
         plan = make_plan(arguments)
     for problem in plan.problems:
