@@ -183,7 +183,9 @@ auto direct_panel_of(int64_t tokens, std::integer_sequence<int, Tokens...>) {
   return table[tokens - 1];
 }
 
-constexpr int kDirectTokens = 5;  // up to here expanding weights into scratch costs more than it saves
+// Up to here expanding weights into scratch costs more than it saves. With 16 lanes more would also take minutes to
+// compile under the sanitizers.
+constexpr int kDirectTokens = kLanes == 16 ? 3 : 5;
 
 template <int Bits>
 void panels(const Wna16& a, const Activations& x, int64_t begin, int64_t end) {
