@@ -3,8 +3,9 @@
     python -m benchmarks.calibration --threads 1            # CPU seconds beside a yardstick, and the accuracy reached
     python -m benchmarks.calibration --threads 1 --profile  # shares of the parts
 
-The yardstick is a bf16 product of two 1024 x 1024 matrices, timed before and after every run in the same process: CPU
-seconds over its time is what to compare between machines.
+The yardstick is a product of two 1024 x 1024 matrices, timed before and after every run in the same process: CPU
+seconds over its time is what to compare between machines. It is of bf16, or of fp32 where the CPU has no instructions
+for bf16, as the products of calibration are.
 """
 
 from __future__ import annotations
@@ -46,29 +47,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse(argv)
 
 
-def yardstick() -> float:
-    """Median CPU seconds of one product of two bf16 matrices [1024, 1024]."""
+def yardstick() -> tuple[str, float]:
+    """The data type, and median CPU seconds of one product of two matrices [1024, 1024] of it."""
     import torch
 
-    matrix = torch.randn(1024, 1024).bfloat16()
+    from calibrate.products import FAST_BF16
+
+    matrix = torch.randn(1024, 1024, dtype=torch.bfloat16 if FAST_BF16 else torch.float32)
     times = []
     for _ in range(21):
         started = time.process_time()
         torch.mm(matrix, matrix)
         times.append(time.process_time() - started)
-    return statistics.median(times[1:])
+    return "bf16" if FAST_BF16 else "fp32", statistics.median(times[1:])
 
 
 def timed(argv: list[str]) -> dict:
     """CPU seconds, yardsticks and perplexities of one calibration."""
-    before = yardstick()
+    _, before = yardstick()
     found = measure(argv, Silent())
-    unit = (before + yardstick()) / 2
+    dtype, after = yardstick()
     (quality,) = found["quality"].values()
     return {
         "command": f"python -m calibrate {' '.join(argv)}",
         "cpu_seconds": found["cpu_seconds"],
-        "yardstick_seconds": unit,
+        "yardstick": f"{dtype} 1024^3",
+        "yardstick_seconds": (before + after) / 2,
         "excess": quality["perplexity"] / quality["full_precision"] - 1,
     }
 
@@ -140,8 +144,11 @@ def run(arguments: argparse.Namespace) -> None:
                     f"{found['excess']:.2%}",
                 )
             )
-    header = ("CPU s", "bf16 1024^3, ms", "ratio", "above 16-bit")
-    print(table(("model", "scheme", *((*PARTS, "everything else") if arguments.profile else header)), rows))
+    if arguments.profile:
+        header = (*PARTS, "everything else")
+    else:
+        header = ("CPU s", f"{results[0]['yardstick']}, ms", "ratio", "above 16-bit")
+    print(table(("model", "scheme", *header), rows))
     name = "profile.json" if arguments.profile else "calibration.json"
     partial = arguments.output_dir / f"{name}.partial"
     partial.write_text(json.dumps(results, indent=1) + "\n")

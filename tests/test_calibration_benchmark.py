@@ -23,9 +23,10 @@ def command(tmp_path):
 def test_seconds_stand_beside_the_yardstick_and_the_accuracy(tmp_path, command, capsys):
     assert calibration.main([*command, "--schemes", "W4A16"]) == 0
     (found,) = json.loads((tmp_path / "calibration.json").read_text())
-    assert found["cpu_seconds"] > 5 * found["yardstick_seconds"] > 0
+    assert found["cpu_seconds"] > found["yardstick_seconds"] > 0
     assert -0.2 < found["excess"] < 1
-    assert f"{found['cpu_seconds']:.1f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{found['cpu_seconds']:.1f}" in printed and found["yardstick"] in printed
 
 
 def test_shares_of_the_profile_add_up(tmp_path, command, capsys):

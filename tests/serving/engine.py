@@ -48,6 +48,13 @@ def set_environment(env: Mapping[str, str]) -> None:
     os.environ.update(env)
 
 
+def has_op(name: str) -> bool:
+    """Whether vLLM's own library has this operator; it has fewer for CPUs without AVX512."""
+    from vllm import _custom_ops  # noqa: F401 -- loads the library
+
+    return hasattr(torch.ops._C, name)
+
+
 def windows(model: str | Path) -> list[list[int]]:
     """Token windows of the standard library's source, which every interpreter has."""
     from tokenizers import Tokenizer
