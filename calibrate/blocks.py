@@ -66,7 +66,7 @@ class CalibrationBlock(nn.Module):
         self.norms: dict[str, CalibrationNorm] = {}
         for path, readers in layout.readers.items():
             read_by = [self.linears[reader] for reader in readers]
-            shifted = recipe.correction and path == layout.mlp_norm and not layout.routers
+            shifted = recipe.correction and path == layout.mlp_norm and all(map(schemes.get, readers))
             self.norms[path] = CalibrationNorm(layer.get_submodule(path), read_by, shifted, recipe)
             layer.set_submodule(path, self.norms[path])
         for path in layout.head_norms(layer):

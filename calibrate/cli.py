@@ -134,6 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
     budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
     place = fit(model, budget, arguments.output_dir.resolve().parent, arguments.activation_checkpointing)
     recipe = model.recipe
+    if recipe.correction and all(layout.routers for layout in model.layouts):
+        console.print("--correction is left out: in every block a router, which stays in 16 bits, reads the same norm")
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
     evaluation = None
     if arguments.eval_dataset:

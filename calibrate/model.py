@@ -166,10 +166,17 @@ class Model:
             online_hadamard=tuple(
                 OnlineHadamard(match, size)
                 for match, size in {_in_any_block(path): size for path, size in self.online_hadamard.items()}.items()
+                if any(matches(match, name) for name in self._quantized)
             ),
             added_bias=tuple(dict.fromkeys(self._added_bias())) if recipe.correction else (),
             calibration=calibration or {},
         )
+
+    @cached_property
+    def _quantized(self) -> dict[str, None]:
+        """Names of all linears but those that ``ignore`` keeps in 16 bits, routers among them."""
+        names = (f"model.layers.{index}.{path}" for index in range(self.blocks) for path in self.layouts[index].linears)
+        return {name: None for name in names if not any(matches(pattern, name) for pattern in self.recipe.ignore)}
 
     def _overrides(self) -> tuple[Override, ...]:
         """One entry per linear whose bits are not the recipe's, experts of a block together."""
@@ -189,7 +196,8 @@ class Model:
         """Patterns of the linears that have a bias only because of the correction."""
         for index, layout in enumerate(self.layouts):
             for path in () if layout.routers else layout.readers[layout.mlp_norm]:
-                if f"model.layers.{index}.{path}.bias" not in self.reader.headers:
+                name = f"model.layers.{index}.{path}"
+                if name in self._quantized and f"{name}.bias" not in self.reader.headers:
                     yield _in_any_block(path)
 
     def schemes(self, index: int) -> dict[str, LinearScheme | None]:

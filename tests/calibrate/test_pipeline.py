@@ -9,13 +9,16 @@ from calibrate.activations import Place
 from calibrate.data import calibration_samples, token_stream
 from calibrate.errors import UserError
 from calibrate.evaluate import perplexity
+from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated, Pass, _Sweep, calibrate, passes
 from calibrate.recipe import Recipe
 from calibrate.store import Store
 from calibrate.windows import Window
+from sliderquant_vllm.checkpoint import validate_checkpoint
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.calibrate.models import write_random_model
+from tests.calibrate.test_experts import calibrate_and_export
 from tests.helpers import TINY_LLAMA
 
 CPU = torch.device("cpu")
@@ -147,6 +150,26 @@ def test_a_window_with_nothing_to_learn_is_passed_over(random_model):
     assert first == last == pytest.approx(0, abs=1e-4)  # targets are kept in bf16
     assert not any(name.endswith("bounds") for name in calibrated.states[0])
     assert any(name.endswith("bounds") for name in calibrated.states[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "ignored", "rotated", "corrected"),
+    [
+        ({"activations": ActivationScheme(4), "preset": "fast"}, "re:.*down_proj", 0, 0),
+        ({"activations": ActivationScheme(4), "preset": "fast"}, r"re:model\.layers\.0\..*", 2, 0),
+        ({"method": "d2quant"}, r"re:model\.layers\.0\..*", 0, 4),
+        ({"method": "d2quant"}, "re:.*(gate|up)_proj", 0, 0),
+    ],
+    ids=str,
+)
+def test_what_is_ignored_is_neither_rotated_nor_corrected(
+    tmp_path, random_model, settings, ignored, rotated, corrected
+):
+    recipe = compose(WeightScheme(3), **settings, seqlen=32, ignore=("lm_head", ignored))
+    calibrate_and_export(Model(random_model, recipe, CPU), tmp_path / "quantized")
+    schemes = [linear.scheme for linear in validate_checkpoint(tmp_path / "quantized").linears.values()]
+    assert sum(scheme.hadamard_block_size is not None for scheme in schemes) == rotated
+    assert sum(scheme.added_bias for scheme in schemes) == corrected
 
 
 def test_perplexity_agrees_with_transformers():
