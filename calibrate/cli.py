@@ -17,6 +17,7 @@ from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from calibrate.methods import METHODS, PRESETS, compose
 from calibrate.recipe import Recipe, parse_scheme
+from calibrate.store import discard_leftovers
 from sliderquant_vllm.checkpoint import check_replaceable
 from sliderquant_vllm.format import GROUP_SIZES, FormatError
 
@@ -103,9 +104,10 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from(arguments)
+    discard_leftovers(arguments.output_dir)
     check_output(arguments)
 
-    # Only now: importing torch and transformers takes seconds, and an error in the arguments should not.
+    # Only now: importing transformers takes seconds, and an error in the arguments should not.
     import huggingface_hub
     import torch
     import transformers
@@ -192,6 +194,8 @@ def check_output(arguments: argparse.Namespace) -> None:
     output, model = arguments.output_dir.resolve(), Path(arguments.model).expanduser().resolve()
     if output == model or output in model.parents:
         raise UserError(f"--output_dir {arguments.output_dir}: holds the model to be quantized; choose another")
+    if output.is_mount():
+        raise UserError(f"--output_dir {arguments.output_dir}: a mount point cannot be renamed; name a folder in it")
     check_replaceable(output, arguments.overwrite)
     place = next(parent for parent in output.parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

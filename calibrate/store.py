@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,12 +70,60 @@ def partial_directory(output: Path) -> Path:
     return output.parent / f".{output.name}.partial"
 
 
+def _aside(output: Path) -> Path:
+    """Where the folder of a run waits while its checkpoint is put in place."""
+    return partial_directory(output).with_suffix(".run")
+
+
+def discard_leftovers(output_dir: Path) -> None:
+    """Delete what lies beside a finished checkpoint if the process that put it in place died then."""
+    output = Path(output_dir).resolve()
+    if output.exists() and not partial_directory(output).exists() and any(_leftovers(output)):
+        with contextlib.suppress(BlockingIOError):
+            lock = _Lock(output)
+            _discard(output)
+            lock.release()
+
+
+def _leftovers(output: Path) -> Iterator[Path]:
+    """Besides the folder of the run, the checkpoint that was replaced."""
+    yield from (path for path in (_aside(output), *output.parent.glob(f".{output.name}.old-*")) if path.exists())
+
+
+def _discard(output: Path) -> None:
+    for path in _leftovers(output):
+        _remove(path)
+
+
+class _Lock:
+    """Held by one run per output. Its file lies beside the output, since everything else is renamed or deleted.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+
+    def __init__(self, output: Path):
+        self.path = partial_directory(output).with_suffix(".lock")
+        while True:
+            self._file = self.path.open("w")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                    return
+            self._file.close()  # whoever held it before has deleted the file
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
 class RunDirectory(Store):
     """A directory beside the output that becomes the checkpoint, with a folder of everything needed to go on.
 
     Files never change once written. ``run.json`` names those that count and is replaced last, so whenever the process
     dies there is one consistent position to go on from. One run at a time may use it; of its ranks the first one
-    writes states and position, and each its own hidden states.
+    writes states and position, and each its own hidden states. When all is done the folder is set aside, and deleted
+    once the checkpoint is in place.
 
     Args:
         output_dir: of the finished checkpoint.
@@ -95,18 +144,25 @@ class RunDirectory(Store):
         self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back
         self.files: dict[str, str] = {}
         self.serial = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._leads = parallel.rank() == 0
         if self._leads:
-            self._lock = (self.folder / "lock").open("w")
+            self.target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self._lock = _Lock(self.target)
+            except BlockingIOError:
                 raise UserError(
                     f"--output_dir {output_dir}: another calibration is writing there; wait for it, or choose another"
                 ) from None
+            self._take_back()
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._resume(restart)
         self.position, self.files, self.serial = parallel.from_first((self.position, self.files, self.serial))
+
+    def _take_back(self) -> None:
+        """Bring back the folder that a run had set aside when it died."""
+        aside = _aside(self.target)
+        if self.directory.exists() and aside.exists():
+            os.rename(aside, self.folder)
 
     def _resume(self, restart: bool) -> None:
         manifest = self.folder / "run.json"
@@ -124,6 +180,7 @@ class RunDirectory(Store):
                     "as before to go on with it, or pass --restart to start over"
                 )
         else:
+            manifest.unlink(missing_ok=True)  # first: nothing may go on from it without the rest
             for path in self.directory.iterdir():
                 if path != self.folder:
                     _remove(path)
@@ -131,7 +188,7 @@ class RunDirectory(Store):
 
     def _sweep(self) -> None:
         """Delete what no committed position needs."""
-        needed = {"run.json", "lock", *self.files.values()} if self.position is not None else {"lock"}
+        needed = {"run.json", *self.files.values()} if self.position is not None else set()
         for path in self.folder.iterdir():
             if path.name not in needed:
                 _remove(path)
@@ -151,7 +208,11 @@ class RunDirectory(Store):
         self.put_tensors(f"block-{index}", state)
 
     def tensors(self, name: str) -> State:
-        return load_file(self.folder / self.files[name])
+        path = self.folder / self.files[name]
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from None
 
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self._new_file(name)
@@ -170,7 +231,11 @@ class RunDirectory(Store):
         parallel.wait()
 
     def load_stream(self, name: str, into: Activations) -> None:
-        into.load(self.folder / self.files[f"{name}-{parallel.rank()}"])
+        path = self.folder / self.files[f"{name}-{parallel.rank()}"]
+        try:
+            into.load(path)
+        except FileNotFoundError as error:
+            raise _unreadable(path, error) from None
 
     def drop_state(self, index: int, keep: Collection[str] = ()) -> None:
         state = self.state(index) if keep else None
@@ -207,12 +272,19 @@ class RunDirectory(Store):
         if self._leads:
             if self.position is None:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            self._lock.close()
+            self._lock.release()
 
     def complete(self, overwrite: bool) -> None:
-        """Turn the directory into the finished checkpoint."""
-        shutil.rmtree(self.folder)
-        put_in_place(self.directory, self.target, overwrite)
+        """Turn the directory into the finished checkpoint. Raises OSError where it cannot, and the run can go on."""
+        aside = _aside(self.target)
+        _remove(aside)
+        os.rename(self.folder, aside)
+        try:
+            put_in_place(self.directory, self.target, overwrite)
+        except OSError:
+            os.rename(aside, self.folder)
+            raise
+        _discard(self.target)
 
 
 @contextlib.contextmanager
@@ -246,6 +318,10 @@ def weights_fingerprint(reader) -> str:
         digest.update(f"{name} {header.shape} {header.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: expected what the run left there, cannot read it ({error}); start over with --restart")
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate import end_to_end
+from calibrate import end_to_end, reconstruct, store
 from calibrate.cli import main
 from calibrate.store import differences
 from sliderquant_vllm.checkpoint import validate_checkpoint
@@ -123,15 +125,47 @@ def test_other_weights_or_text_are_another_run(tmp_path, command, text_file, cap
 
 def test_two_runs_do_not_share_an_output(tmp_path, command, capfd):
     output = tmp_path / "out"
-    partial = tmp_path / ".out.partial" / "run"
-    partial.mkdir(parents=True)
-    import fcntl
-
-    with (partial / "lock").open("w") as lock:
+    with (tmp_path / ".out.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert in_child([*command, str(output), "--w2a16", *WINDOWS]) == 2
     assert "another calibration is writing there" in capfd.readouterr().err
     assert in_child([*command, str(output), "--w2a16", *WINDOWS]) == 0
+    assert not (tmp_path / ".out.lock").exists()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(*_):
+    raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+@pytest.mark.parametrize(("name", "function"), [("put_in_place", die), ("put_in_place", refuse), ("_discard", die)])
+def test_the_last_steps_lose_nothing(tmp_path, command, capfd, name, function):
+    """Once all is calibrated the folder that a run goes on from must not be deleted before the checkpoint is there."""
+    output = tmp_path / "out"
+    argv = [*command, str(output), "--w2a16", *WINDOWS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, name, function)
+        assert in_child(argv) == (2 if function is refuse else -signal.SIGKILL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "_optimise", die)  # nothing is left to learn
+        assert in_child(argv) == (2 if name == "_discard" else 0)
+    if name == "_discard":
+        assert "exists already" in capfd.readouterr().err
+    validate_checkpoint(output, data=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_cannot_be_read_any_more_is_named(tmp_path, command, capfd):
+    output = tmp_path / "out"
+    interrupted(command, output, "--w2a16", *WINDOWS)
+    for stored in (tmp_path / ".out.partial" / "run").glob("block-*"):
+        stored.unlink()
+    assert in_child([*command, str(output), "--w2a16", *WINDOWS]) == 2
+    assert "block-" in (error := capfd.readouterr().err) and "--restart" in error
+    assert in_child([*command, str(output), "--w2a16", *WINDOWS, "--restart"]) == 0
 
 
 def test_a_full_disk_is_an_error_that_keeps_what_was_done(tmp_path, command, capfd):
