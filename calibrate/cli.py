@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from calibrate import parallel
     from calibrate.data import calibration_samples, fingerprint, token_stream
-    from calibrate.evaluate import perplexity
+    from calibrate.evaluate import perplexity, text_windows
     from calibrate.export import Writer, Written
     from calibrate.hub import resolve_model
     from calibrate.memory import Budget, fit, return_freed_memory
@@ -129,19 +129,23 @@ def run(arguments: argparse.Namespace) -> None:
     return_freed_memory()
     started = time.monotonic()
     device = parallel.start(device_named(arguments.device))
+    parallel.check_work(recipe.nsamples, recipe.batch_size)
     writes = parallel.rank() == 0
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not writes)
     model = Model(resolve_model(arguments.model), recipe, device)
     model.check_schemes()
     budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
     place = fit(model, budget, arguments.output_dir.resolve().parent, arguments.activation_checkpointing)
-    recipe = model.recipe
+    # Windows as the smallest memory allows.
+    recipe = min(parallel.from_all(model.recipe), key=lambda each: (each.window, each.shallow, each.deep))
+    model.recipe = recipe
     if recipe.correction and all(layout.routers for layout in model.layouts):
         console.print("--correction is left out: in every block a router, which stays in 16 bits, reads the same norm")
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
     evaluation = None
     if arguments.eval_dataset:
-        evaluation = token_stream(model.tokenizer, arguments.eval_dataset, split="test")
+        evaluation = token_stream(model.tokenizer, arguments.eval_dataset, split="test", flag="--eval-dataset")
+        text_windows(evaluation, recipe.seqlen)  # refuses too little text
     calibration = {
         "model": str(model.directory.resolve()) if Path(arguments.model).is_dir() else arguments.model,
         "recipe": recipe.to_dict(),
@@ -167,7 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
                 on_finished = writer.block if writes else lambda *_: None
                 calibrated = calibrate(model, samples, progress, run, on_finished, place)
         except torch.OutOfMemoryError:
-            raise UserError(f"{device} is out of memory; lower --batch_size, --seqlen or --nsamples") from None
+            raise UserError(f"{device} is out of memory; lower --max-gpu-memory, --seqlen or --nsamples") from None
         parallel.stop()
         if not writes:
             return
@@ -218,7 +222,7 @@ def device_named(name: str):
 
 
 def _remedy(error: OSError) -> str:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     return "; free some space or choose another --output_dir" if error.errno in full else ""
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calibrate import products
+from calibrate.errors import UserError
 
 PATIENCE = timedelta(hours=6)  # ranks wait this long for each other, while rank 0 writes for example
 
@@ -24,8 +25,12 @@ PATIENCE = timedelta(hours=6)  # ranks wait this long for each other, while rank
 def start(device: torch.device) -> torch.device:
     """Join the other ranks where torchrun started this process; the device of this rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
     if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {device}: torchrun gives every process a GPU of its own; leave the number out")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -79,6 +84,23 @@ def from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What every rank has, a picklable object."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_work(samples: int, batch_size: int) -> None:
+    """Raise UserError where ranks would have no samples: those of a step are shared out, see ``Share``."""
+    if world() > (places := min(samples, batch_size)):
+        raise UserError(
+            f"torchrun: {world()} processes cannot share the {places} samples of a step; give --batch-size (and "
+            "--nsamples) of that many or more, best a multiple, or start fewer processes"
+        )
 
 
 class Share:

@@ -131,7 +131,8 @@ class RunDirectory(Store):
         restart: throw away what an earlier run left.
 
     Raises:
-        UserError: another process is at work on this output, or an unfinished run had another fingerprint.
+        UserError: another process is at work on this output, or an unfinished run or another rank has another
+            fingerprint.
     """
 
     survives = True
@@ -144,6 +145,12 @@ class RunDirectory(Store):
         self.fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back
         self.files: dict[str, str] = {}
         self.serial = 0
+        for number, other in enumerate(parallel.from_all(self.fingerprint)):
+            if changes := differences(self.fingerprint, other):
+                raise UserError(
+                    f"torchrun: process {number} started otherwise than process {parallel.rank()}: "
+                    f"{'; '.join(changes)}; give all processes the same files and versions"
+                )
         self._leads = parallel.rank() == 0
         if self._leads:
             self.target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from benchmarks.common import relative_error
 from calibrate import parallel
+from calibrate.errors import UserError
 from calibrate.model import Model
 from calibrate.parallel import Gradients, Share
 from calibrate.recipe import Recipe
+from calibrate.store import RunDirectory
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.calibrate.test_resume import in_child, shards
@@ -46,6 +48,21 @@ def test_work_is_equal_where_the_batch_divides(monkeypatch):
     spread = shares(monkeypatch, 2, 16, 4)
     for share in spread:
         assert [len(numbers) for numbers, _ in share.shuffled(torch.Generator())] == [2] * 4
+
+
+def test_processes_without_samples_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 8)
+    parallel.check_work(128, 8)
+    for samples, batch_size in ((128, 3), (4, 16)):
+        with pytest.raises(UserError, match=f"8 processes cannot share the {min(samples, batch_size)} samples"):
+            parallel.check_work(samples, batch_size)
+
+
+def test_processes_that_start_otherwise_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "from_all", lambda value: [value, value | {"weights_sha256": "b"}])
+    with pytest.raises(UserError, match='process 1 started otherwise .* weights_sha256 was "a", is "b"'):
+        RunDirectory(tmp_path / "out", {"weights_sha256": "a"}, restart=False)
+    assert not list(tmp_path.iterdir())
 
 
 class Toy:
