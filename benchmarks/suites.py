@@ -59,7 +59,7 @@ CHANGES = (
     Change("--range-start *"),
     Change("--rounding-start *"),
     Change("--scale-start *"),
-    Change("--dual-scale *"),
+    Change("--dual-scale *", "weights"),
     Change("--correction *", "weights"),
     Change("--correction --learn-shift *", "weights"),
     Change("--epochs 0"),

@@ -64,7 +64,7 @@ def _text_field(row: object, where: str) -> str:
     raise UserError(f"{where}: expected a string field {' or '.join(map(repr, TEXT_FIELDS))}, found {found}")
 
 
-def hub_texts(dataset: str, split: str) -> Iterator[str]:
+def hub_texts(dataset: str, split: str, flag: str) -> Iterator[str]:
     """Texts of one split of a hub dataset, "owner/name" or "owner/name:config"."""
     import datasets
 
@@ -77,12 +77,14 @@ def hub_texts(dataset: str, split: str) -> Iterator[str]:
         raise
     except Exception as error:
         raise UserError(
-            f"--dataset {dataset}: neither a local file, directory or glob, nor a dataset that the hub gave "
-            f"({first_line(error)}); name local text, for example --dataset 'texts/*.txt'"
+            f"{flag} {dataset}: neither a local file, directory or glob, nor a dataset that the hub gave "
+            f"({first_line(error)}); name local text, for example {flag} 'texts/*.txt'"
         ) from None
 
 
-def token_stream(tokenizer, dataset: str, limit: int | None = None, split: str = "train") -> Tensor:
+def token_stream(
+    tokenizer, dataset: str, limit: int | None = None, split: str = "train", flag: str = "--dataset"
+) -> Tensor:
     """Token ids of all texts, one after the other: int64 [T].
 
     Args:
@@ -90,9 +92,10 @@ def token_stream(tokenizer, dataset: str, limit: int | None = None, split: str =
         dataset: a local path, directory or glob, or a hub dataset id.
         limit: stop reading once there are so many tokens.
         split: of a hub dataset; local text has none.
+        flag: that named it, for errors.
     """
     files = local_files(dataset)
-    texts = (text for file in files for text in read_texts(file)) if files else hub_texts(dataset, split)
+    texts = (text for file in files for text in read_texts(file)) if files else hub_texts(dataset, split, flag)
     pieces: list[Tensor] = []
     total = 0
     for text in texts:
@@ -103,7 +106,7 @@ def token_stream(tokenizer, dataset: str, limit: int | None = None, split: str =
             if limit is not None and total >= limit:
                 break
     if not total:
-        raise UserError(f"--dataset {dataset}: no text in it; expected files with some, of {', '.join(TEXT_SUFFIXES)}")
+        raise UserError(f"{flag} {dataset}: no text in it; expected files with some, of {', '.join(TEXT_SUFFIXES)}")
     return torch.cat(pieces)
 
 

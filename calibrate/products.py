@@ -145,7 +145,8 @@ class _Hadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block_size):
         ctx.block_size = block_size
-        return ops.hadamard(x, block_size)
+        with torch.autocast(x.device.type, enabled=False):  # the reference is a product
+            return ops.hadamard(x, block_size)
 
     @staticmethod
     def backward(ctx, grad):
@@ -159,8 +160,8 @@ def hadamard(x: Tensor, block_size: int) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``rows.T @ rows``, on the CPU by oneDNN."""
-    with _OneDnn():
+    """``rows.T @ rows`` in fp32, on the CPU by oneDNN, whatever the blocks around it compute in."""
+    with torch.autocast(rows.device.type, enabled=False), _OneDnn():
         return rows.T @ rows
 
 

@@ -101,6 +101,16 @@ class Recipe:
             rate = getattr(self, name)
             if not (math.isfinite(rate) and rate > 0):
                 raise UserError(f"--{name}: expected a learning rate above 0, found {rate}")
+        narrowest, widest = min(WEIGHT_BITS), max(WEIGHT_BITS)
+        if self.average_bits is not None and not narrowest <= self.average_bits <= widest:
+            raise UserError(f"--average_bits: expected from {narrowest} to {widest}, found {self.average_bits}")
+        if self.dual_scale and self.online_hadamard:
+            raise UserError(
+                "--dual_scale: with --online_hadamard a transform stands between the two linears that it would scale; "
+                "choose one of them"
+            )
+        if self.learn_shift and not self.correction:
+            raise UserError("--learn_shift: learns the shift of --correction; add it")
         if self.seed >= 2**32:
             raise UserError(f"--seed: expected less than 2**32, found {self.seed}")
         stages = self.stages

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from calibrate.experts import token_table
+from calibrate.hub import SHORT_NAMES
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
 from sliderquant_vllm.format import LinearScheme
@@ -37,28 +39,31 @@ Calibration tokens per expert; starved ones lean on their block's statistics.
 
 {table}
 """
+    parent = calibration["model"]
+    is_local = Path(parent).is_dir()
+    parent = Path(parent).name if is_local else SHORT_NAMES.get(parent, parent)
+    cache = f", with a cache of {recipe.kv_bits} bits that the server does not have" if recipe.kv_bits != 16 else ""
     perplexity = calibration.get("perplexity")
     quality = (
         f"""
 ## Quality
 
-Perplexity on `{perplexity["dataset"]}`, windows of {perplexity["seqlen"]} tokens, as computed at calibration:
-16-bit {perplexity["16-bit"]:.4f}, quantized {perplexity["quantized"]:.4f}.
+Perplexity on `{Path(perplexity["dataset"]).name}`, windows of {perplexity["seqlen"]} tokens, as computed at
+calibration{cache}: 16-bit {perplexity["16-bit"]:.4f}, quantized {perplexity["quantized"]:.4f}.
 """
         if perplexity
         else ""
     )
     return f"""---
-library_name: vllm
-base_model: {calibration["model"]}
+library_name: vllm{"" if is_local else f"{chr(10)}base_model: {parent}"}
 tags:
 - sliderquant
 - quantized
 ---
 
-# {scheme} of {calibration["model"]}
+# {scheme} of {parent}
 
-Made by `python -m calibrate` ({recipe.method}). Serve it with
+Made by `python -m calibrate` ({recipe.method}). Where vLLM has the plugin sliderquant-vllm, serve it with
 
     vllm serve . --quantization sliderquant
 {quality}

@@ -6,9 +6,11 @@ Either one ``model.safetensors``, or the shards that ``model.safetensors.index.j
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -157,7 +159,9 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({_one_line(error)})") from None
+        number = re.search(r"os error (\d+)", str(error))
+        what = f"{path}: cannot be written ({_one_line(error)})"
+        raise OSError(int(number[1]) if number else errno.EIO, what) from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -67,7 +67,8 @@ def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
     assert len(list(output.glob("*.safetensors"))) > 1
     for name in ("tokenizer.json", "generation_config.json", "README.md"):
         assert (output / name).is_file()
-    assert str(TINY_LLAMA) in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "of tiny-llama\n" in card and str(TINY_LLAMA) not in card and "base_model" not in card
 
     # The checkpoint, dequantized and run as a plain model, is as good as calibration said.
     reader = Reader(output)
@@ -95,6 +96,14 @@ def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
 
         found = perplexity(model, token_stream(model.tokenizer, __file__), 32)
         assert found == pytest.approx(config.calibration["perplexity"]["quantized"], rel=2e-3)
+
+
+def test_too_little_text_to_evaluate_on_is_refused_before_any_work(tmp_path, text_file, capsys):
+    (tmp_path / "short.txt").write_text("def f():")
+    argv = ["--model", str(TINY_LLAMA), "--w4a16", "--dataset", str(text_file), "--output-dir", str(tmp_path / "out")]
+    assert main([*argv, *SMALL, "--eval-dataset", str(tmp_path / "short.txt")]) == 2
+    assert "evaluation text: expected at least 32 tokens" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_the_final_check_notices_one_wrong_code(tmp_path, text_file):

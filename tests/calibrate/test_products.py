@@ -108,3 +108,10 @@ def test_gradients_of_a_weight_are_summed_where_they_arise(rough):
     own, bound = learn(), 5e-3 if rough else 1e-6
     assert relative_error(total, samples.double().sum((0, 1)).expand_as(weight)) < bound
     assert relative_error(own, samples[0].double().sum(0).expand_as(weight)) < bound
+
+
+def test_second_moments_are_not_rounded_where_blocks_compute_in_bf16():
+    rows = torch.randn(100, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(products.gram(rows), rows.double().T @ rows.double()) < 1e-6
+        assert products.hadamard(rows, 8).dtype == torch.float32
