@@ -51,7 +51,7 @@ def resolve_model(name: str, download: bool = True) -> Path:
     except Exception as error:
         reason = f"the hub did not give it ({first_line(error)})"
         if not download:
-            reason = "it was not downloaded before: do that, for example with 'hf download'"
+            reason = f"it was not downloaded before: do that with 'hf download {SHORT_NAMES.get(name.lower(), name)}'"
         raise UserError(
             f"--model {name}: no such directory, and {reason}; name a model directory, a hub id, or one of "
             f"{', '.join(SHORT_NAMES)}"
