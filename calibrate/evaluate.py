@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrate.activations import Place
@@ -55,18 +55,40 @@ def perplexity(model: Model, stream: Tensor, seqlen: int, calibrated: Finished |
     return _exp(total / windows[:, 1:].numel())
 
 
+class Reference(NamedTuple):
+    """The 16-bit side of a comparison, in the basis of whichever recipe it was computed under.
+
+    Attributes:
+        states: behind the last block, fp32 [windows, seqlen, hidden]; head: hidden states -> logits.
+    """
+
+    states: Tensor
+    head: nn.Module
+
+    @classmethod
+    def of(cls, model: Model, stream: Tensor, seqlen: int) -> Reference:
+        with torch.no_grad():
+            return cls(_final_states(model, text_windows(stream, seqlen), None), model.head_module())
+
+
 @torch.no_grad()
-def compare(model: Model, stream: Tensor, seqlen: int, calibrated: Finished) -> Comparison:
+def compare(
+    model: Model, stream: Tensor, seqlen: int, calibrated: Finished, reference: Reference | None = None
+) -> Comparison:
     """Perplexity of both models and how far their distributions are apart; arguments as of ``perplexity``.
 
     In memory: the states behind the last block of both, fp32 [windows, seqlen, hidden] each on the device.
+
+    Args:
+        reference: of the same model and text, where it is known already.
     """
     windows = text_windows(stream, seqlen)
-    hidden, targets = _final_states(model, windows, calibrated), _final_states(model, windows, None)
+    hidden = _final_states(model, windows, calibrated)
+    reference = reference or Reference.of(model, stream, seqlen)
     totals = torch.zeros(3, dtype=torch.float64)
     head = model.head_module()
-    for states, wanted, tokens in zip(hidden, targets, windows.to(hidden.device), strict=True):
-        student, teacher = head(states[:-1]), head(wanted[:-1])
+    for states, wanted, tokens in zip(hidden, reference.states, windows.to(hidden.device), strict=True):
+        student, teacher = head(states[:-1]), reference.head(wanted[:-1])
         totals[0] += functional.cross_entropy(student, tokens[1:], reduction="sum").item()
         totals[1] += functional.cross_entropy(teacher, tokens[1:], reduction="sum").item()
         totals[2] += divergence(student, teacher).sum().item()

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from benchmarks import cells, quality, quality_report, suites
 from calibrate import cli
-from calibrate.evaluate import compare, perplexity
+from calibrate.evaluate import Reference, compare, perplexity
 from calibrate.methods import METHODS, PRESETS
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
@@ -276,6 +276,11 @@ def test_comparison_is_the_divergence_of_all_next_tokens():
     found = compare(model, stream, 24, Calibrated())
     assert found.perplexity == pytest.approx(perplexity(model, stream, 24, Calibrated()), rel=1e-6)
     assert found.full_precision == pytest.approx(perplexity(model, stream, 24), rel=1e-6)
+
+    # What another recipe's basis gave serves as well.
+    rotated = Model(TINY_LLAMA, replace(recipe, rotate=True), torch.device("cpu"))
+    again = compare(model, stream, 24, Calibrated(), Reference.of(rotated, stream, 24))
+    assert again == pytest.approx(found, rel=1e-4)
 
     windows, head = stream[:48].view(2, 24), model.head_module()
     logits = []
