@@ -19,6 +19,10 @@ ARGS ?=
 ifndef LOCK
 LOCK := requirements/$(shell timeout 20 nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu).lock
 endif
+# Where a GPU is to serve, a build without CUDA kernels must fail, not pass in silence; 0 asks for one.
+ifeq ($(notdir $(LOCK)),cuda.lock)
+export SLIDERQUANT_CUDA ?= 1
+endif
 VENV := .venv
 SOURCES := $(wildcard sliderquant_vllm calibrate benchmarks tests tools)
 BIN := $(VENV)/bin
@@ -30,7 +34,7 @@ METADATA := requirements/vllm-metadata
 DIGEST := $(shell { echo "$(CURDIR)" "$(PYTHON)"; cat "$(LOCK)" $(METADATA)/pyproject.toml; } | sha256sum | cut -c1-16)
 ENVIRONMENT := $(VENV)/.complete-$(DIGEST)
 # What setup.py reads of the surroundings; one such stamp exists at a time.
-PROJECT := $(VENV)/.project-$(shell { echo "$(SLIDERQUANT_CUDA),$(SLIDERQUANT_CUDA_ARCHS),$(CUDACXX)"; command -v nvcc || true; } | sha256sum | cut -c1-16)
+PROJECT := $(VENV)/.project-$(shell { echo "$(SLIDERQUANT_CUDA),$(SLIDERQUANT_CUDA_ARCHS),$(CUDACXX),$(CUDA_HOME)"; command -v nvcc || true; } | sha256sum | cut -c1-16)
 # Folders are listed too: removing a file is a change.
 NATIVE := $(wildcard setup.py CMakeLists.txt) $(shell find csrc 2>/dev/null)
 

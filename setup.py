@@ -2,7 +2,7 @@
 
 Environment: MAX_JOBS (parallel compilations, default 2), SLIDERQUANT_CUDA (0: no CUDA kernels, 1: fail without nvcc,
 unset: where an nvcc of 12.0 or later is found), SLIDERQUANT_CUDA_ARCHS (such as "80;90a", the default; newer GPUs
-compile the PTX of the lowest one at first use).
+compile the PTX of the lowest one at first use), CUDACXX or CUDA_HOME (an nvcc that is not on PATH).
 """
 
 import importlib.util
@@ -42,6 +42,16 @@ def tool(name: str) -> str:
     return found
 
 
+def locate_nvcc() -> str | None:
+    """The CUDA compiler that is named or on PATH, or else that of the wheel nvidia-cuda-nvcc in this environment."""
+    if found := os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return found
+    home = os.environ.get("CUDA_HOME")
+    folders = [Path(home, "bin")] if home else []
+    folders += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin"))
+    return shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler to build with, None for a build without CUDA kernels."""
     request = os.environ.get("SLIDERQUANT_CUDA", "")
@@ -49,17 +59,16 @@ def find_nvcc() -> str | None:
         raise SystemExit(f"SLIDERQUANT_CUDA: expected 0, 1 or nothing, found {request!r}")
     if request == "0":
         return None
-    found = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if found is None and (home := os.environ.get("CUDA_HOME")):
-        found = shutil.which("nvcc", path=os.path.join(home, "bin"))
-    if found is None and request == "1":
-        raise SystemExit("SLIDERQUANT_CUDA=1: nvcc not found; put it on PATH or set CUDA_HOME")
-    if found is not None and (problem := nvcc_problem(found)):
-        if request == "1":
-            raise SystemExit(f"SLIDERQUANT_CUDA=1: {problem}; name a newer one in CUDACXX")
+    found = locate_nvcc()
+    problem = nvcc_problem(found) if found else "nvcc not found; put it on PATH or set CUDA_HOME or CUDACXX"
+    if problem and request == "1":
+        raise SystemExit(
+            f"SLIDERQUANT_CUDA=1, which make sets where it takes cuda.lock: {problem}; "
+            "SLIDERQUANT_CUDA=0 builds without CUDA kernels"
+        )
+    if found and problem:
         print(f"warning: {problem}; building without CUDA kernels", file=sys.stderr)
-        return None
-    return found
+    return None if problem else found
 
 
 def nvcc_problem(nvcc: str) -> str | None:
@@ -71,7 +80,8 @@ def nvcc_problem(nvcc: str) -> str | None:
         return f"{expected}, found {nvcc}, which does not run ({error})"
     version = re.search(r"release (\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
-        return f"{expected}, found {version[0] if version else 'no version'} ({nvcc})"
+        found = version[0] if version else "no version"
+        return f"{expected}, found {found} ({nvcc}); name a newer one in CUDACXX"
     return None
 
 
@@ -116,11 +126,12 @@ class CMakeBuild(build_ext):
             shutil.copyfile(build / (extension.name.rpartition(".")[2] + ".so"), target)
 
 
-setup(
-    ext_modules=[
-        # _C is no Python module at all: its name only needs to be the same under every Python.
-        Extension("sliderquant_vllm._C", sources=[], py_limited_api=True),
-        Extension("sliderquant_vllm._host", sources=[]),
-    ],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            # _C is no Python module at all: its name only needs to be the same under every Python.
+            Extension("sliderquant_vllm._C", sources=[], py_limited_api=True),
+            Extension("sliderquant_vllm._host", sources=[]),
+        ],
+        cmdclass={"build_ext": CMakeBuild},
+    )
