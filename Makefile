@@ -1,6 +1,6 @@
 # `make` lists the targets. The first `make setup` takes minutes (it downloads the pinned packages), later ones seconds.
 #
-#   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
+#   PYTHON=python3.12   the interpreter that .venv is made with (3.11 to 3.13)
 #   LOCK=...            requirements/cpu.lock or requirements/cuda.lock; by default the one that fits this machine
 #                       (.venv remembers both)
 #   MAX_JOBS=8          compilations, and test processes, at a time
@@ -67,8 +67,8 @@ setup: $(PROJECT) ## make .venv from the lock and build the native code; again: 
 # into what was put back.
 $(ENVIRONMENT):
 	@fail() { echo "setup: $$*" >&2; exit 2; }
-	$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  fail "expected Python 3.11 or newer, found $$($(INTERPRETER) --version 2>&1 || true);" \
+	$(INTERPRETER) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  fail "expected Python 3.11 to 3.13, found $$($(INTERPRETER) --version 2>&1 || true);" \
 	    "name one with PYTHON=/path/to/python3.11"
 	$(INTERPRETER) -c 'import ensurepip, venv' 2>/dev/null || \
 	  fail "$(INTERPRETER) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)"
