@@ -24,6 +24,16 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With SLIDERQUANT_NO_SKIPS=1 a test that is skipped has failed: benchmarks/device.sh must not pass unchecked."""
+    report = yield
+    if report.skipped and os.environ.get("SLIDERQUANT_NO_SKIPS") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped: {call.excinfo.value}"
+    return report
+
+
 def select_isa(name: str) -> bool:
     ops.load()
     return ctypes.CDLL(str(LIBRARY)).sliderquant_select_isa(name.encode()) == 0

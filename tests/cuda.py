@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.native import random_weight
 
 ROOT = Path(__file__).parents[1]
 BUILT_ARCHS = ("80", "90a")
-NVCC = shutil.which("nvcc")
+NVCC = runpy.run_path(str(ROOT / "setup.py"))["locate_nvcc"]()  # the one that the kernels are built with
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of numeric.h
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
