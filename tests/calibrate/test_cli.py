@@ -9,18 +9,19 @@ import time
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from calibrate.cli import main, parse_arguments, recipe_from
-from calibrate.evaluate import perplexity
+from calibrate.data import token_stream
+from calibrate.evaluate import text_windows
 from calibrate.export import Writer, check_block
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
 from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
-from sliderquant_vllm.format import FormatError, LinearScheme
-from sliderquant_vllm.packing import dequantize, unpack_linear
+from sliderquant_vllm.format import FormatError
 from sliderquant_vllm.shards import Reader
 from tests.calibrate.models import write_random_model
-from tests.helpers import TINY_LLAMA
+from tests.helpers import TINY_LLAMA, reference_logprobs
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--epochs", "2", "--stages", "0.5", "1", "--shallow", "1", "--deep", "1"]
 
@@ -62,7 +63,7 @@ def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
     ]
     assert main([*argv, *SMALL, "--eval-dataset", __file__]) == 0
     validate_checkpoint(output, data=True)
-    raw, config = read_config(output)
+    _, config = read_config(output)
     assert config.calibration["model"] == str(TINY_LLAMA)
     assert len(list(output.glob("*.safetensors"))) > 1
     for name in ("tokenizer.json", "generation_config.json", "README.md"):
@@ -70,32 +71,12 @@ def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
     card = (output / "README.md").read_text()
     assert "of tiny-llama\n" in card and str(TINY_LLAMA) not in card and "base_model" not in card
 
-    # The checkpoint, dequantized and run as a plain model, is as good as calibration said.
-    reader = Reader(output)
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    tensors = {}
-    for module, parts in reader.modules().items():
-        if "weight_packed" in parts:
-            part = {suffix: reader.tensor(f"{module}.{suffix}") for suffix in parts}
-            linear: LinearScheme = config.scheme_for(module)
-            codes, scale, zero = unpack_linear(part, linear.weights)
-            tensors[f"{module}.weight"] = dequantize(codes, scale.float(), zero, linear.weights)
-        else:
-            tensors |= {f"{module}.{suffix}": reader.tensor(f"{module}.{suffix}").float() for suffix in parts}
-    if config.activations is None:
-        from safetensors.torch import save_file
-
-        save_file(tensors, plain / "model.safetensors")
-        del raw["quantization_config"]
-        (plain / "config.json").write_text(json.dumps(raw))
-        (plain / "tokenizer.json").write_bytes((output / "tokenizer.json").read_bytes())
-        (plain / "tokenizer_config.json").write_bytes((output / "tokenizer_config.json").read_bytes())
-        model = Model(plain, recipe_from(parse_arguments(argv)), torch.device("cpu"))
-        from calibrate.data import token_stream
-
-        found = perplexity(model, token_stream(model.tokenizer, __file__), 32)
-        assert found == pytest.approx(config.calibration["perplexity"]["quantized"], rel=2e-3)
+    # The checkpoint, computed as a server would, is as good as calibration said. Inputs that differ by 1e-6 move a
+    # perplexity by 0.2% where activations have 4 bits: one code that falls the other way reaches all behind it.
+    stream = token_stream(AutoTokenizer.from_pretrained(output), __file__)
+    logprobs = reference_logprobs(output, text_windows(stream, 32).tolist(), torch.float32)
+    said = config.calibration["perplexity"]["quantized"]
+    assert logprobs.mean().neg().exp().item() == pytest.approx(said, rel=1e-2 if scheme == "W4A4" else 2e-3)
 
 
 def test_too_little_text_to_evaluate_on_is_refused_before_any_work(tmp_path, text_file, capsys):
