@@ -1,3 +1,6 @@
+import threading
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks.kernels import MODELS, draw, fraction, parse, peaks
@@ -49,7 +52,18 @@ def test_rooflines_are_drawn(tmp_path):
     assert (tmp_path / "roofs.png").stat().st_size > 10_000
 
 
-def test_peaks_are_those_of_all_threads():
+def test_peaks_are_those_of_all_threads(monkeypatch):
+    together = threading.Barrier(3, timeout=60)
+
+    def peak(kind: str, seconds: float) -> float:
+        together.wait()
+        return {"bf16": 2e9, "int8": 5e9}[kind]
+
+    monkeypatch.setattr(ops, "host", lambda: SimpleNamespace(peak=peak))
+    assert peaks(3) == {"bf16_gop_per_s": 6.0, "int8_gop_per_s": 15.0}
+
+
+def test_a_thread_multiplies_bytes_faster():
     if ops.host().isa() not in ("amx", "avx512", "avx2"):
         assert peaks(1) == {}
         return
