@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import library_texts
 from calibrate.errors import UserError
 from sliderquant_vllm.format import FormatError
 
@@ -71,15 +71,10 @@ def command(argv: Sequence[str], threads: int = 0) -> str:
 
 
 def default_texts(directory: Path) -> tuple[str, str]:
-    """Sources of the running interpreter's standard library: every fifth file evaluates, the others calibrate."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    chosen = {"calibration": [file for i, file in enumerate(files) if i % 5], "evaluation": files[::5]}
-    paths = []
-    for name, sources in chosen.items():
-        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in sources)
-        paths.append(directory / f"{name}.txt")
-        paths[-1].write_text(text[: TEXT_CHARACTERS[name]], encoding="utf-8")
-    return str(paths[0]), str(paths[1])
+    """Files of ``library_texts``, for calibration and for evaluation, no longer than they need to be."""
+    for name, text in library_texts().items():
+        (directory / f"{name}.txt").write_text(text[: TEXT_CHARACTERS[name]], encoding="utf-8")
+    return str(directory / "calibration.txt"), str(directory / "evaluation.txt")
 
 
 @cache

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from benchmarks import paper_texts
 from benchmarks.cells import Bar, Results, command, exit_code, fingerprint, measure, merged, scheme_flags, version
+from benchmarks.common import positive
 from benchmarks.paper_numbers import Entry, entries
 from benchmarks.paper_report import NOTES, comparison, markdown, sizes
-from benchmarks.quality import positive
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from sliderquant_vllm.format import FormatError

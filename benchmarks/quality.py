@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import cells, suites
 from benchmarks.cells import Bar, Cell, Results, command, exit_code, measure, version
+from benchmarks.common import positive
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from sliderquant_vllm.format import FormatError
@@ -49,12 +50,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.threads < 0:
         parser.error(f"--threads: expected 0 or more, found {arguments.threads}")
     return arguments
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
 
 
 def settings_from(arguments: argparse.Namespace) -> suites.Settings:

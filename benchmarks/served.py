@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import throughput
+from benchmarks.common import positive
 from benchmarks.random_model import SHAPES, write_random_model
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
@@ -122,7 +123,7 @@ def write_models(shape: str, schemes: list[str], blocks: int | None, directory: 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.served", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b", help="of which model")
-    parser.add_argument("--blocks", type=throughput.positive, help="another number of blocks than the shape's")
+    parser.add_argument("--blocks", type=positive, help="another number of blocks than the shape's")
     parser.add_argument("--schemes", nargs="+", default=["W4A16", "W2A16", "W4A4"], help="to quantize to")
     throughput.add_settings(parser)
     try:

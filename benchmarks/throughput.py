@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import positive
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from sliderquant_vllm.checkpoint import CONFIG_FILE, read_config
@@ -61,12 +62,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enforce-eager", action=switch, default=False, help="do not compile or capture graphs")
     parser.add_argument("--output-dir", type=Path, default=Path("throughput"), help="for JSON, picture and logs")
     parser.add_argument("--plot", action=switch, default=True, help="draw a picture")
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
 
 
 def two_or_more(text: str) -> int:

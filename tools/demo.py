@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,8 @@ import openai
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
+
+from benchmarks.common import library_texts
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WINDOW = 256
@@ -36,15 +37,6 @@ console = Console(soft_wrap=True, highlight=False)
 
 class DemoError(Exception):
     """A step failed; the message says which and where its log is."""
-
-
-def write_texts(output: Path) -> tuple[Path, Path]:
-    """Standard-library sources: every fifth file is for evaluation, the others for calibration."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = output / "calibration.txt", output / "evaluation.txt"
-    for path, chosen in zip(texts, ([file for i, file in enumerate(files) if i % 5], files[::5]), strict=True):
-        path.write_text("".join(file.read_text(encoding="utf-8", errors="replace") for file in chosen))
-    return texts
 
 
 def calibrate(flags: list[str], text: Path, output: Path, epochs: int) -> None:
@@ -214,7 +206,8 @@ def show(results: dict[str, dict]) -> None:
 
 def run(output: Path, schemes: list[str], epochs: int, eval_tokens: int, int8_activations: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    calibration, evaluation = write_texts(output)
+    texts, calibration = library_texts(), output / "calibration.txt"
+    calibration.write_text(texts["calibration"], encoding="utf-8")
     started = time.monotonic()
     models, flags = {"16-bit": output / "sixteen-bit"}, {"16-bit": []}
     shutil.copytree(MODEL, models["16-bit"], dirs_exist_ok=True)
@@ -230,7 +223,7 @@ def run(output: Path, schemes: list[str], epochs: int, eval_tokens: int, int8_ac
                 flags[f"{name}, int8"] = [*flags[name], "--additional-config", INT8_ACTIVATIONS]
     console.print(f"calibrated in {time.monotonic() - started:.0f} s\n")
 
-    tokens = AutoTokenizer.from_pretrained(MODEL)(evaluation.read_text(), verbose=False)["input_ids"][:eval_tokens]
+    tokens = AutoTokenizer.from_pretrained(MODEL)(texts["evaluation"], verbose=False)["input_ids"][:eval_tokens]
     windows = [tokens[at : at + WINDOW] for at in range(0, len(tokens) - WINDOW + 1, WINDOW)]
     results = {}
     for name, model in models.items():
