@@ -6,6 +6,7 @@
 
 #include "../csrc/cuda/grouped.cuh"
 #include "cuda_runner.h"
+#include "emulate_repack.h"
 #include "emulate_operands.h"
 
 namespace {
@@ -87,16 +88,6 @@ const char* emulate_integer(const uint8_t* codes, const float* sa, const int32_t
                          static_cast<int>(bits)};
   const auto of_bits = bits == 3 ? run_integer<3> : run_integer<4>;
   return of_bits(a, {offsets, experts}, tokens, static_cast<int>(splits), static_cast<uint64_t>(seed));
-}
-
-const char* emulate_repack(const uint32_t* stream, uint32_t* packed, int64_t n, int64_t k, int64_t bits,
-                           int64_t pairs) {
-  const auto family = pairs ? layout::Family::kPairs : layout::Family::kQuads;
-  const int width = static_cast<int>(bits);
-  for (int64_t i = 0; i < layout::gpu::packed_words(width, n, k); ++i) {
-    packed[i] = layout::gpu::packed_word(stream, family, width, n, k, i);
-  }
-  return "";
 }
 
 // What of each slot of so many tokens belongs to which expert: [slots][4], as GroupedShare has it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def integer_weight(weight: Weight) -> tuple:
     zw = None if weight.zero is None else weight.zero[0]
     col_sum = ops.column_sums(weight.packed, weight.bits)
     return ops.repack(weight.packed, weight.bits, activation_bits=8), weight.scale[0], zw, col_sum
+
+
+def spread(tokens: Iterable[int], rest: int) -> tuple[torch.Tensor, int]:
+    """(offsets, M) of so many tokens of each expert, and behind them those that meet none."""
+    offsets = torch.tensor((0, *tokens)).cumsum(0).to(torch.int32)
+    return offsets, int(offsets[-1]) + rest
+
+
+def stacked(parts: Iterable[tuple]) -> tuple:
+    """What each expert has, or None where none has it, as one tensor of all."""
+    return tuple(None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True))
 
 
 def error_of_weights(x: torch.Tensor, group_size: int) -> float:

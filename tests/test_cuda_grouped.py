@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sliderquant_vllm import ops, references
-from tests.cuda import OUT_DTYPES, build_emulator, call
-from tests.native import check_close, random_weight
+from tests.cuda import OUT_DTYPES, build_emulator, call, repack
+from tests.native import check_close, random_weight, spread, stacked
 
 # Tokens of each expert, and those behind them that meet none.
 SPREADS = {
@@ -35,24 +35,6 @@ def emulator(tmp_path_factory):
     return library
 
 
-def spread(name: str) -> tuple[torch.Tensor, int]:
-    """(offsets, M)"""
-    tokens, rest = SPREADS[name]
-    offsets = torch.tensor((0, *tokens)).cumsum(0).to(torch.int32)
-    return offsets, int(offsets[-1]) + rest
-
-
-def repack(emulator, packed: torch.Tensor, bits: int, pairs: bool) -> torch.Tensor:
-    n, k = packed.shape[0], packed.shape[1] * 32 // bits
-    found = torch.empty(ops.host().gpu.packed_words(bits, n, k), dtype=torch.int32)
-    call(emulator.emulate_repack, packed, found, n, k, bits, int(pairs))
-    return found
-
-
-def stacked(parts) -> list:
-    return [None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True)]
-
-
 def of(tensors, expert: int) -> list:
     return [None if tensor is None else tensor[expert] for tensor in tensors]
 
@@ -60,7 +42,7 @@ def of(tensors, expert: int) -> list:
 @pytest.mark.parametrize(("tokens", "splits"), [(8, 1), (8, 2), (32, 3), (64, 1)])
 @pytest.mark.parametrize("name", SPREADS)
 def test_wna16(emulator, name, tokens, splits):
-    (offsets, m), seed = spread(name), random.randrange(2**32)
+    (offsets, m), seed = spread(*SPREADS[name]), random.randrange(2**32)
     experts, symmetric = len(offsets) - 1, splits == 2
     bits, (n, k, group_size) = (3, (40, 288, 32)) if tokens == 32 else (4, (150, 384, 128))
     dtype = torch.float16 if symmetric else torch.bfloat16
@@ -95,7 +77,7 @@ def test_wna16(emulator, name, tokens, splits):
 @pytest.mark.parametrize(("tokens", "splits"), [(8, 1), (8, 2), (32, 2), (128, 1)])
 @pytest.mark.parametrize("name", SPREADS)
 def test_w4a4(emulator, name, tokens, splits):
-    (offsets, m), seed = spread(name), random.randrange(2**32)
+    (offsets, m), seed = spread(*SPREADS[name]), random.randrange(2**32)
     experts, symmetric = len(offsets) - 1, splits == 2
     bits, (n, k) = (3, (40, 288)) if tokens == 32 else (4, (150, 384))
     dtype = OUT_DTYPES[(tokens + splits) % 3]

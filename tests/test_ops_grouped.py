@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common import relative_error
 from sliderquant_vllm import ops, references
-from tests.native import integer_weight, random_weight
+from tests.native import integer_weight, random_weight, spread, stacked
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -22,17 +22,6 @@ SPREADS = {
     "no tokens": ((0, 0, 0, 0, 0, 0), 0),
 }
 EXPERTS = 6
-
-
-def spread(name: str) -> tuple[torch.Tensor, int]:
-    """(offsets, M)"""
-    tokens, rest = SPREADS[name]
-    offsets = torch.tensor((0, *tokens)).cumsum(0).to(torch.int32)
-    return offsets, int(offsets[-1]) + rest
-
-
-def stacked(parts) -> tuple:
-    return tuple(None if part[0] is None else torch.stack(part) for part in zip(*parts, strict=True))
 
 
 def weight_only_experts(n: int, k: int, bits: int, group_size: int, symmetric: bool) -> tuple:
@@ -57,7 +46,7 @@ def exact(x: torch.Tensor, offsets: torch.Tensor, dense: torch.Tensor) -> torch.
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", SPREADS)
 def test_wna16_gemm(isa, threads, name, bits):
-    offsets, m = spread(name)
+    offsets, m = spread(*SPREADS[name])
     for n, k, group_size, symmetric in ((100, 128, 32, False), (64, 640, 128, True), (33, 96, -1, False)):
         arguments, dense = weight_only_experts(n, k, bits, group_size, symmetric)
         for dtype, bias in ((torch.bfloat16, None), (torch.float16, torch.randn(EXPERTS, n))):
@@ -75,7 +64,7 @@ def test_wna16_gemm(isa, threads, name, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", SPREADS)
 def test_w4a4_gemm(isa, threads, name, bits):
-    offsets, m = spread(name)
+    offsets, m = spread(*SPREADS[name])
     for n, k, symmetric in ((100, 128, False), (33, 1056, True)):
         arguments, dense = integer_experts(n, k, bits, symmetric)
         x = torch.randn(m, k).bfloat16()
@@ -95,7 +84,7 @@ def test_w4a4_gemm(isa, threads, name, bits):
 def test_every_thread_gets_panels_of_few_tokens(isa, threads):
     """Sizes of a real decoding step: ranges of panels that end within an expert."""
     arguments, dense = weight_only_experts(1536, 2048, 4, 128, symmetric=False)
-    offsets, m = spread("one token each")
+    offsets, m = spread(*SPREADS["one token each"])
     x = torch.randn(m, 2048).bfloat16()
     found = []
     for count in (1, 2, 5):
@@ -106,7 +95,7 @@ def test_every_thread_gets_panels_of_few_tokens(isa, threads):
 
 
 def good_arguments() -> tuple[dict, dict]:
-    offsets, m = spread("empty experts")
+    offsets, m = spread(*SPREADS["empty experts"])
     x = torch.randn(m, 128).bfloat16()
     experts, _ = weight_only_experts(64, 128, 4, 32, symmetric=False)
     weight_only = {"x": x, "offsets": offsets, **dict(zip(("w_packed", "scale", "zero"), experts, strict=True))}
