@@ -105,23 +105,25 @@ def test_fragment_golden(emulator, operand, bits, lane, i, expected):
     assert place(emulator, operand, bits, lane, i) == expected
 
 
+def words(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+
+def halves(generator: torch.Generator, name: str, *shape: int) -> torch.Tensor:
+    dtype = torch.bfloat16 if "bf16" in name else torch.float16
+    values = torch.randint(-96, 97, (*shape[:-1], 2 * shape[-1]), generator=generator) / 8
+    return values.to(dtype).view(torch.int32)
+
+
 def operands(name: str, seed: int) -> list[torch.Tensor]:
     """a [32, 4], b [32, 2], c [32, 4] int32 for one body: numbers of its type, exact in every order of summation."""
     generator = torch.Generator().manual_seed(seed)
-
-    def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
-
-    def halves(*shape: int) -> torch.Tensor:
-        dtype = torch.bfloat16 if "bf16" in name else torch.float16
-        values = torch.randint(-96, 97, (*shape[:-1], 2 * shape[-1]), generator=generator) / 8
-        return values.to(dtype).view(torch.int32)
-
     if name.startswith(("add2", "convert")):
-        return [halves(32, 4), words(32, 2), halves(32, 4)]
+        return [halves(generator, name, 32, 4), words(generator, 32, 2), halves(generator, name, 32, 4)]
     if name in ("mma_bf16", "mma_fp16"):
-        return [halves(32, 4), halves(32, 2), (torch.randint(-99, 99, (32, 4)) / 4).float().view(torch.int32)]
-    return [words(32, 4), words(32, 2), words(32, 4)]
+        floats = torch.randint(-99, 99, (32, 4), generator=generator) / 4
+        return [halves(generator, name, 32, 4), halves(generator, name, 32, 2), floats.float().view(torch.int32)]
+    return [words(generator, 32, 4), words(generator, 32, 2), words(generator, 32, 4)]
 
 
 def matrix(emulator, registers: torch.Tensor, operand: str, dtype: torch.dtype, rows: int, columns: int):
@@ -237,19 +239,10 @@ def test_descriptor_golden(emulator):
 def sm90_operands(name: str, seed: int) -> list[torch.Tensor]:
     """a [128, 4], b [128, 8], c [128, 64] int32 for one body for sm_90a."""
     generator = torch.Generator().manual_seed(seed)
-
-    def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
-
-    def halves(*shape: int) -> torch.Tensor:
-        dtype = torch.bfloat16 if "bf16" in name else torch.float16
-        values = torch.randint(-96, 97, (*shape[:-1], 2 * shape[-1]), generator=generator) / 8
-        return values.to(dtype).view(torch.int32)
-
     if name.startswith("product_byte") or name == "cluster":
-        return [words(128, 4), words(128, 8), words(128, 64)]
+        return [words(generator, 128, 4), words(generator, 128, 8), words(generator, 128, 64)]
     floats = torch.randint(-99, 99, (128, 64), generator=generator) / 4
-    return [halves(128, 4), halves(128, 8), floats.float().view(torch.int32)]
+    return [halves(generator, name, 128, 4), halves(generator, name, 128, 8), floats.float().view(torch.int32)]
 
 
 def expected_sm90(emulator, name: str, a, b, c) -> torch.Tensor:
