@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+import subprocess
 
 import pytest
 import torch
 
 from sliderquant_vllm import ops, references
-from tests.cuda import OUT_DTYPES, build_emulator, call, repack
+from tests.cuda import OUT_DTYPES, ROOT, build_emulator, call, repack
 from tests.native import check_close, random_weight, spread, stacked
 
 # Tokens of each expert, and those behind them that meet none.
@@ -152,3 +153,36 @@ def test_plans(emulator):
     assert plan(2, 28672, 4096, 8) == (8, 1) and plan(2, 4096, 14336, 8)[0] == 8
     assert plan(8 * 16, 1536, 2048, 16)[0] == 32 and plan(8 * 16, 1536, 2048, 16, True)[0] == 16
     assert plan(5, 64, 128, 0)[0] == 8
+
+
+OVERRIDES = """
+#include <cstdio>
+#include <cstdlib>
+
+#include "csrc/cuda/grouped_plan.h"
+
+int main(int, char** texts) {
+  const auto of_kind = std::atoi(texts[1]) ? sliderquant::cuda::plan_integer_grouped
+                                           : sliderquant::cuda::plan_wna16_grouped;
+  try {
+    of_kind(8, 256, 256, 4, 4, {90, 132}, texts[2]);
+  } catch (const std::runtime_error& error) {
+    std::puts(error.what());
+  }
+}
+"""
+
+
+def test_an_override_names_a_kernel_that_grouped_products_have(tmp_path):
+    source, program = tmp_path / "overrides.cpp", tmp_path / "overrides"
+    source.write_text(OVERRIDES)
+    subprocess.run(["c++", "-std=c++20", "-I", str(ROOT), str(source), "-o", str(program)], check=True)
+
+    def refused(op: str, override: str) -> str:
+        command = [str(program), str(int(op == "w4a4_gemm_grouped")), override]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    for op in ("wna16_gemm_grouped", "w4a4_gemm_grouped"):
+        assert refused(op, "") == refused(op, "sm80:tokens=8:splits=2") == ""
+        assert refused(op, "sm90:tokens=64") == f"{op}: has no kernel for sm_90a of its own; ask for sm80"
+        assert refused(op, "plain") == f"{op}: has no plain kernel, and needs a GPU of sm_80 or later"

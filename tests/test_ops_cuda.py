@@ -216,6 +216,8 @@ def test_a_transform_that_no_format_has_is_refused():
 
 # Values of SLIDERQUANT_CUDA_INTEGER; empty: what the dispatch chooses.
 INTEGER_KERNELS = ("", "plain", *(f"sm80:tokens={8 << i}:splits={splits}" for i, splits in enumerate((1, 2, 3, 1, 2))))
+# Those of them that grouped products have.
+GROUPED_INTEGER_KERNELS = ("", *INTEGER_KERNELS[2:])
 INTEGER_KERNELS += SM90_KERNELS
 
 
@@ -314,7 +316,7 @@ def test_wna16_gemm_grouped_on_odd_shapes(monkeypatch, bits, kernel):
             assert not kernel or torch.equal(y[begin:end], own), (loads, expert)  # blocks are of the same size
 
 
-@pytest.mark.parametrize("kernel", INTEGER_KERNELS[:1] + INTEGER_KERNELS[2:])
+@pytest.mark.parametrize("kernel", GROUPED_INTEGER_KERNELS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_w4a4_gemm_grouped_on_odd_shapes(monkeypatch, bits, kernel):
     monkeypatch.setenv("SLIDERQUANT_CUDA_INTEGER", kernel)
