@@ -148,10 +148,11 @@ def assert_equal_on_cpu(found, expected, case) -> None:
 def test_quantizer_is_that_of_the_cpu_bit_for_bit(symmetric, dtype):
     for case, (m, k, block) in enumerate(ROWS):
         x = torch.randn(m, k + 8).to(dtype)
-        x = x[:, :k].contiguous() if case % 2 else x[:, 3 : k + 3]  # rows that 16-byte reads can take, and others
+        # Rows that 16-byte reads can take, and others. Only the whole goes to the GPU as it is: slices become dense.
+        here, there = (rows[:, :k].contiguous() if case % 2 else rows[:, 3 : k + 3] for rows in (x, x.cuda()))
         for bits in (4, 8):
-            found = ops.quantize_per_token(x.cuda(), bits, symmetric, block)
-            assert_equal_on_cpu(found, ops.quantize_per_token(x, bits, symmetric, block), (m, k, block, bits))
+            found = ops.quantize_per_token(there, bits, symmetric, block)
+            assert_equal_on_cpu(found, ops.quantize_per_token(here, bits, symmetric, block), (m, k, block, bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -179,7 +180,7 @@ def test_quantizers_that_are_fused_with_a_layer(dtype):
         expected = ops.silu_mul_quantize(x, 4, False, block)
         assert_same_but_half_way(ops.silu_mul_quantize(x.cuda(), 4, False, block), expected, (m, k, block))
         # Half a row of what belongs to another matrix: its stride is not its width.
-        *found, total = ops.rms_norm_quantize(*on_gpu(x[:, :k], residual, weight), 1e-6, 4, False, block)
+        *found, total = ops.rms_norm_quantize(x.cuda()[:, :k], *on_gpu(residual, weight), 1e-6, 4, False, block)
         *expected, expected_total = ops.rms_norm_quantize(x[:, :k], residual, weight, 1e-6, 4, False, block)
         assert torch.equal(total.cpu(), expected_total)
         assert_same_but_half_way(found, expected, (m, k, block))
