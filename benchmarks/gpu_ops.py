@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,20 @@ def integer_name(bits_of_both: tuple[int, int]) -> str:
 
 def copies_of(size: int, cold: int) -> int:
     return max(2, -(-cold // size))
+
+
+@contextmanager
+def override(variable: str, kernel: str) -> Iterator[None]:
+    """Which kernel makes the products within; empty: what the dispatch chooses."""
+    before = os.environ.get(variable)
+    os.environ[variable] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def bf16_contender(n: int, k: int, cold: int) -> Contender:
@@ -129,8 +144,8 @@ def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int
     zero = None if args.symmetric else zero
 
     def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-        os.environ["SLIDERQUANT_CUDA_WNA16"] = kernel
-        return ops.wna16_gemm(x, weights[copy], scale, zero, None, bits, args.group_size)
+        with override("SLIDERQUANT_CUDA_WNA16", kernel):
+            return ops.wna16_gemm(x, weights[copy], scale, zero, None, bits, args.group_size)
 
     return Contender(op_name(bits, args.group_size), size, len(weights), run, dense)
 
@@ -154,9 +169,9 @@ def integer_contender(
     zero = None if args.symmetric else zero
 
     def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-        os.environ["SLIDERQUANT_CUDA_INTEGER"] = kernel
         tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
-        return ops.w4a4_gemm(*tokens, weights[copy], scale, zero, col_sum, None, bits, x.dtype)
+        with override("SLIDERQUANT_CUDA_INTEGER", kernel):
+            return ops.w4a4_gemm(*tokens, weights[copy], scale, zero, col_sum, None, bits, x.dtype)
 
     def seen(x: torch.Tensor) -> torch.Tensor:
         codes, scale, zero, _ = ops.quantize_per_token(x, activation_bits, args.symmetric)
