@@ -19,7 +19,7 @@ BASELINE = "torch bf16"
 @dataclass(frozen=True)
 class Contender:
     name: str
-    bytes: int  # of the weights that one call reads
+    bytes: int  # of the weights that one call reads, scales and zero points among them
     copies: int
     run: Callable[[int, torch.Tensor], torch.Tensor]  # (copy of the weights, x) -> y
     dense: torch.Tensor | None  # [N, K], what the weights stand for; None: not checked
@@ -39,8 +39,17 @@ def integer_name(bits_of_both: tuple[int, int]) -> str:
     return "sliderquant W{}A{} per channel".format(*bits_of_both)
 
 
-def copies_of(size: int, cold: int) -> int:
-    return max(2, -(-cold // size))
+Weights = tuple[torch.Tensor | None, ...]  # all that a product reads of a weight
+
+
+def bytes_of(weight: Weights) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weight if tensor is not None)
+
+
+def copies_of(weight: Weights, read: int, cold: int) -> list[Weights]:
+    """As many that calls which read so many bytes of one each find none of them in L2."""
+    count = max(2, -(-cold // read))
+    return [tuple(None if tensor is None else tensor.clone() for tensor in weight) for _ in range(count)]
 
 
 @contextmanager
@@ -58,10 +67,11 @@ def override(variable: str, kernel: str) -> Iterator[None]:
 
 
 def bf16_contender(n: int, k: int, cold: int) -> Contender:
-    size = 2 * n * k
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_of(size, cold))]
+    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    size = bytes_of((weight,))
+    weights = copies_of((weight,), size, cold)
     return Contender(
-        BASELINE, size, len(weights), lambda copy, x: torch.nn.functional.linear(x, weights[copy]), weights[0]
+        BASELINE, size, len(weights), lambda copy, x: torch.nn.functional.linear(x, *weights[copy]), weight
     )
 
 
@@ -71,35 +81,35 @@ def int4_contender(n: int, k: int, cold: int) -> Contender:
         codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
         scales = torch.randn(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
         torch.ops.aten._weight_int4pack_mm(torch.ones(1, k, device="cuda").bfloat16(), packed, 128, scales)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise Absent(str(error).splitlines()[0]) from error
-    return Contender(
-        "torch int4",
-        n * k // 2,
-        len(weights),
-        lambda copy, x: torch.ops.aten._weight_int4pack_mm(x, weights[copy], 128, scales),
-        None,
-    )
+    size = bytes_of((packed, scales))
+    weights = copies_of((packed, scales), size, cold)
+
+    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
+        packed, scales = weights[copy]
+        return torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
+
+    return Contender("torch int4", size, len(weights), run, None)
 
 
 def int8_contender(n: int, k: int, cold: int, most: int) -> Contender:
     """The int8 product that torch itself has, of codes that are there already: no scales, sums in int32."""
     least_m = 17
     codes = torch.randint(-128, 128, (max(most, least_m), k), device="cuda", dtype=torch.int8)
-    weights = [
-        torch.randint(-128, 128, (n, k), device="cuda", dtype=torch.int8).t() for _ in range(copies_of(n * k, cold))
-    ]
+    weight = torch.randint(-128, 128, (n, k), device="cuda", dtype=torch.int8).t()
+    size = bytes_of((weight,))
+    weights = copies_of((weight,), size, cold)
     try:
-        torch._int_mm(codes[:least_m], weights[0])
+        torch._int_mm(codes[:least_m], weight)
     except (RuntimeError, AttributeError) as error:
         raise Absent(str(error).splitlines()[0]) from error
     return Contender(
         "torch int8, product alone",
-        n * k,
+        size,
         len(weights),
-        lambda copy, x: torch._int_mm(codes[: len(x)], weights[copy]),
+        lambda copy, x: torch._int_mm(codes[: len(x)], *weights[copy]),
         None,
         least_m=least_m,
     )
@@ -116,15 +126,16 @@ def marlin_contender(n: int, k: int, cold: int) -> Contender:
         dense, packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128)
         workspace = marlin_utils.marlin_make_workspace_new(packed.device)
         no_zeros = torch.empty(0, dtype=torch.int32, device="cuda")
-        weights = [packed.clone() for _ in range(copies_of(n * k // 2, cold))]
+        size = bytes_of((packed, scales))
+        weights = copies_of((packed, scales), size, cold)
 
         def run(copy: int, x: torch.Tensor) -> torch.Tensor:
-            return marlin_utils.apply_gptq_marlin_linear(x, weights[copy], scales, no_zeros, workspace, kind, n, k)
+            return marlin_utils.apply_gptq_marlin_linear(x, *weights[copy], no_zeros, workspace, kind, n, k)
 
         run(0, torch.ones(1, k, device="cuda", dtype=torch.bfloat16))
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise Absent((str(error).splitlines() or [type(error).__name__])[0]) from error
-    return Contender("vLLM Marlin W4A16 g128", n * k // 2, len(weights), run, dense.T)
+    return Contender("vLLM Marlin W4A16 g128", size, len(weights), run, dense.T)
 
 
 def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int, kernel: str) -> Contender:
@@ -138,14 +149,13 @@ def own_contender(args: argparse.Namespace, n: int, k: int, bits: int, cold: int
         zero.fill_(2 ** (bits - 1))
     dense = codes.float().unflatten(1, (groups, -1)) - zero.T.float()[..., None]
     dense = (dense * scale.T[..., None]).flatten(1)
-    size = n * k * bits // 8
-    packed = ops.repack(pack_codes(codes, bits), bits)
-    weights = [packed.clone() for _ in range(copies_of(size, cold))]
-    zero = None if args.symmetric else zero
+    weight = (ops.repack(pack_codes(codes, bits), bits), scale, None if args.symmetric else zero)
+    size = bytes_of(weight)
+    weights = copies_of(weight, size, cold)
 
     def run(copy: int, x: torch.Tensor) -> torch.Tensor:
         with override("SLIDERQUANT_CUDA_WNA16", kernel):
-            return ops.wna16_gemm(x, weights[copy], scale, zero, None, bits, args.group_size)
+            return ops.wna16_gemm(x, *weights[copy], None, bits, args.group_size)
 
     return Contender(op_name(bits, args.group_size), size, len(weights), run, dense)
 
@@ -162,16 +172,15 @@ def integer_contender(
     if args.symmetric:
         zero.fill_(2 ** (bits - 1))
     dense = (codes.float() - zero.float()[:, None]) * scale[:, None]
-    size = n * k * bits // 8
-    col_sum = codes.sum(1, dtype=torch.int32)
     packed = ops.repack(pack_codes(codes, bits), bits, activation_bits)
-    weights = [packed.clone() for _ in range(copies_of(size, cold))]
-    zero = None if args.symmetric else zero
+    weight = (packed, scale, None if args.symmetric else zero, codes.sum(1, dtype=torch.int32))
+    size = bytes_of(weight)
+    weights = copies_of(weight, size, cold)
 
     def run(copy: int, x: torch.Tensor) -> torch.Tensor:
         tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
         with override("SLIDERQUANT_CUDA_INTEGER", kernel):
-            return ops.w4a4_gemm(*tokens, weights[copy], scale, zero, col_sum, None, bits, x.dtype)
+            return ops.w4a4_gemm(*tokens, *weights[copy], None, bits, x.dtype)
 
     def seen(x: torch.Tensor) -> torch.Tensor:
         codes, scale, zero, _ = ops.quantize_per_token(x, activation_bits, args.symmetric)
