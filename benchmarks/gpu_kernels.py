@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu_kernels --shapes 28672x4096 --m 1 16 64 --json times.json
 
-Calls are replayed from a CUDA graph, so that no launch from Python counts, and go through more copies of the weights
-than L2 holds. Each time is a median over replays. That of an integer product counts the quantization of its tokens;
-quantizers, and what is fused with them, are timed alone as well, and find their tokens in L2 as they do when served.
-The error of an op is that against the float64 product of what its codes stand for. Without a GPU only the model is
-printed; its columns say that they were not measured.
+Calls are replayed from a CUDA graph, each time behind another replay, so that no launch counts, and go through more
+copies of the weights than L2 holds. Each time is a median over replays. That of an integer product counts the
+quantization of its tokens; quantizers, and what is fused with them, are timed alone as well, and find their tokens in
+L2 as they do when served. The error of an op is that against the float64 product of what its codes stand for. Without a
+GPU only the model is printed; its columns say that they were not measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ QUANTIZERS = {
 }
 TOKENS = [1, 4, 8, 16, 32, 64, 128, 512, 2048]
 MICRO = 1e6
+WARM_UP, LONGEST = 0.05, 0.5  # s, of a row: before what is timed, and with it, three samples at least
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,15 +231,19 @@ def timed(contender: Contender, k: int, m: int, replays: int) -> dict:
         with torch.cuda.graph(graph, stream=stream):
             for call in range(calls):
                 contender.run(call % contender.copies, x)
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM_UP:
+            graph.replay()
+            stream.synchronize()
         times = []
-        for replay in range(-2, replays):  # two rounds to warm up
+        while len(times) < replays and (len(times) < 3 or time.perf_counter() - started < LONGEST):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # the GPU is busy with it while the next one is launched
             begin.record(stream)
             graph.replay()
             end.record(stream)
             end.synchronize()
-            if replay >= 0:
-                times.append(begin.elapsed_time(end) * 1e3 / calls)
+            times.append(begin.elapsed_time(end) * 1e3 / calls)
     microseconds = statistics.median(times)
     error = None
     if contender.dense is not None:
