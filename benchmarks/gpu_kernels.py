@@ -7,6 +7,9 @@ copies of the weights than L2 holds. Each time is a median over replays. That of
 quantization of its tokens; quantizers, and what is fused with them, are timed alone as well, and find their tokens in
 L2 as they do when served. The error of an op is that against the float64 product of what its codes stand for. Without a
 GPU only the model is printed; its columns say that they were not measured.
+
+Rows are printed and written as they come. One that fails says why and the next ones follow, unless the GPU is lost to
+this process; the exit status is 1 where one of ours is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,47 +56,75 @@ QUANTIZERS = {
 TOKENS = [1, 4, 8, 16, 32, 64, 128, 512, 2048]
 MICRO = 1e6
 WARM_UP, LONGEST = 0.05, 0.5  # s, of a row: before what is timed, and with it, three samples at least
+COLUMNS = ["op", "N x K", "M", "us", "x bf16", "GB/s", "error"]
+COLUMNS += ["H200 model, not measured: us", "x bf16", "limit", "blocks (splits)"]
+HEADS = "| " + " | ".join(COLUMNS) + " |\n" + "|" + "---|" * len(COLUMNS)
 
 
-def main(argv: list[str] | None = None) -> None:
+class Report:
+    """Rows as they come: printed at once, and all of them written after each contender."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rows, self.absent, self.baseline = args, [], {}, {}
+        self.gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        print(HEADS, flush=True)
+
+    def add(self, row: dict) -> None:
+        row |= expected(row, self.args)
+        self.rows.append(row)
+        sizes = row["n"], row["k"], row["m"]
+        if row["op"] == BASELINE:
+            self.baseline[sizes] = row["us"]
+        print(line(row, self.baseline.get(sizes)), flush=True)
+
+    def save(self) -> None:
+        if self.args.json is None:
+            return
+        result = {"gpu": self.gpu, "torch": torch.__version__, "group_size": self.args.group_size, "rows": self.rows}
+        partial = self.args.json.with_suffix(".partial")
+        partial.write_text(json.dumps(result | {"absent": self.absent}, indent=2))
+        partial.replace(self.args.json)
+
+    def end(self) -> int:
+        """The exit status: 1 where one of ours is missing."""
+        failed = [row for row in self.rows if "failed" in row]
+        for row in failed:
+            print(f"failed: {row['op']}, {row['n']} x {row['k']}, M={row['m']}: {row['failed']}")
+        for name, reason in self.absent.items():
+            print(f"absent: {name}: {reason}")
+        self.save()
+        return int(any(name.startswith("sliderquant") for name in (*self.absent, *(row["op"] for row in failed))))
+
+
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    rows, absent = [], {}
-    if torch.cuda.is_available():
-        for n, k in args.shapes:
-            measure(args, n, k, rows, absent)
-        for sizes in args.experts:
-            measure_experts(args, *sizes, rows, absent)
-        for k in {k: None for _, k in args.shapes}:
-            measure_quantizers(args, k, rows, absent)
-    else:
+    if not torch.cuda.is_available():
         print("No GPU that torch can use: nothing is measured, the model alone.\n")
-        rows = [
-            {"op": name, "n": n, "k": k, "m": m, "us": None}
-            for n, k in args.shapes
-            for name in [*(op_name(bits, args.group_size) for bits in args.bits), *map(integer_name, args.integer)]
-            for m in args.m
-        ]
-        rows += [
-            {"op": grouped_name(args, both, experts, top_k), "n": n, "k": k, "m": m, "us": None}
-            for experts, top_k, n, k in args.experts
-            for both in [*((bits, 16) for bits in args.bits), *args.integer]
-            for m in args.m
-        ]
-        rows += [
-            {"op": f"sliderquant {name}", "n": 0, "k": k, "m": m, "us": None}
-            for k in {k: None for _, k in args.shapes}
-            for name in QUANTIZERS
-            for m in args.m
-        ]
-    for row in rows:
-        row |= expected(row, args)
-    print(table(rows, args))
-    for name, reason in absent.items():
-        print(f"absent: {name}: {reason}")
-    if args.json:
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        result = {"gpu": gpu, "torch": torch.__version__, "group_size": args.group_size, "rows": rows}
-        args.json.write_text(json.dumps(result | {"absent": absent}, indent=2))
+        report = Report(args)
+        for name, n, k in ops_of_the_model(args):
+            for m in args.m:
+                report.add({"op": name, "n": n, "k": k, "m": m, "us": None})
+        return report.end()
+    report = Report(args)
+    try:
+        for n, k in args.shapes:
+            measure(report, n, k)
+        for sizes in args.experts:
+            measure_experts(report, *sizes)
+        for k in {k: None for _, k in args.shapes}:
+            measure_quantizers(report, k)
+    except Lost:
+        print("The GPU takes no more work from this process after that: the rest is left out.")
+    return report.end()
+
+
+def ops_of_the_model(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    """(name, N, K)"""
+    own = [*(op_name(bits, args.group_size) for bits in args.bits), *map(integer_name, args.integer)]
+    yield from ((name, n, k) for n, k in args.shapes for name in own)
+    for experts, top_k, n, k in args.experts:
+        yield from ((f"{name}, {top_k} of {experts} experts", n, k) for name in own)
+    yield from ((f"sliderquant {name}", 0, k) for k in {k: None for _, k in args.shapes} for name in QUANTIZERS)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -143,13 +176,51 @@ def widths(text: str) -> tuple[int, int]:
     return bits, activation_bits
 
 
-def grouped_name(args: argparse.Namespace, bits_of_both: tuple[int, int], experts: int, top_k: int) -> str:
-    own = op_name(bits_of_both[0], args.group_size) if bits_of_both[1] == 16 else integer_name(bits_of_both)
-    return f"{own}, {top_k} of {experts} experts"
+class Lost(Exception):
+    """A CUDA error that stays with this process."""
 
 
-def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: dict[str, str]) -> None:
-    cold = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+def measure_contender(
+    report: Report, name: str, n: int, k: int, tokens: list[int], build: Callable[[], Contender], rows_of_token: int = 1
+) -> None:
+    """A row for each number of tokens, each of which is so many rows of x.
+
+    Raises:
+        Lost: after that nothing can be measured.
+    """
+    try:
+        contender = None
+        for m in tokens:
+            row = {"op": name, "n": n, "k": k, "m": m}
+            try:
+                contender = contender or build()
+                if m < contender.least_m:
+                    continue
+                report.add(row | timed(contender, k, m * rows_of_token, report.args.replays))
+            except RuntimeError as error:
+                report.add(row | {"us": None, "failed": (str(error).splitlines() or [type(error).__name__])[0]})
+                if is_lost():
+                    raise Lost from error
+                if contender is None:
+                    break
+    except Absent as reason:
+        report.absent[name] = str(reason)
+    finally:
+        report.save()
+    del contender
+    torch.cuda.empty_cache()
+
+
+def is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def measure(report: Report, n: int, k: int) -> None:
+    args, cold = report.args, cold_bytes()
     builders = {
         BASELINE: lambda: bf16_contender(n, k, cold),
         "torch int4": lambda: int4_contender(n, k, cold),
@@ -167,23 +238,17 @@ def measure(args: argparse.Namespace, n: int, k: int, rows: list[dict], absent: 
         if args.plain:
             builders[f"{name}, plain"] = lambda both=both: integer_contender(args, n, k, both, cold, "plain")
     for name, build in builders.items():
-        try:
-            contender = build()
-            for m in (m for m in args.m if m >= contender.least_m):
-                rows.append({"op": name, "n": n, "k": k, "m": m} | timed(contender, k, m, args.replays))
-        except Absent as reason:
-            absent[name] = str(reason)
-        torch.cuda.empty_cache()
+        measure_contender(report, name, n, k, args.m, build)
 
 
-def measure_experts(
-    args: argparse.Namespace, experts: int, top_k: int, n: int, k: int, rows: list[dict], absent: dict[str, str]
-) -> None:
-    """Weights of all experts are beyond L2 already where many of them are used."""
-    if not ops.is_native("cuda"):
-        absent["grouped products"] = "this library was built without CUDA kernels"
-        return
+def cold_bytes() -> int:
+    return 4 * torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def measure_experts(report: Report, experts: int, top_k: int, n: int, k: int) -> None:
+    args = report.args
     for both in [*((bits, 16) for bits in args.bits), *args.integer]:
+        own = op_name(both[0], args.group_size) if both[1] == 16 else integer_name(both)
         product = grouped_product(args, experts, n, k, both)
         for m in args.m:
             # Every token goes to top_k experts at random.
@@ -191,31 +256,46 @@ def measure_experts(
             counts = torch.bincount(choice, minlength=experts)
             offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
             read = int((counts > 0).sum()) * n * k * both[0] // 8
-            name = grouped_name(args, both, experts, top_k)
-            contender = Contender(name, read, 1, lambda _, x, run=product, offsets=offsets: run(x, offsets), None)
-            rows.append({"op": name, "n": n, "k": k, "m": m} | timed(contender, k, m * top_k, args.replays))
-        torch.cuda.empty_cache()
+            measure_contender(
+                report,
+                f"{own}, {top_k} of {experts} experts",
+                n,
+                k,
+                [m],
+                lambda product=product, read=read, offsets=offsets: Contender(
+                    "", read, 1, lambda _, x: product(x, offsets), None
+                ),
+                top_k,
+            )
 
 
-def measure_quantizers(args: argparse.Namespace, k: int, rows: list[dict], absent: dict[str, str]) -> None:
-    if not ops.is_native("cuda"):
-        absent["quantizers"] = "this library was built without CUDA kernels"
-        return
+def measure_quantizers(report: Report, k: int) -> None:
     weight = torch.ones(k, device="cuda", dtype=torch.bfloat16)
     for name, (kind, block) in QUANTIZERS.items():
-        for m in args.m:
-            other = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16)
+        for m in report.args.m:
+            measure_contender(
+                report,
+                f"sliderquant {name}",
+                0,
+                k,
+                [m],
+                lambda m=m, kind=kind, block=block: quantizer_contender(m, k, kind, block, weight),
+            )
 
-            def run(_, x: torch.Tensor, kind=kind, block=block, other=other) -> torch.Tensor:
-                if kind == "quantize":
-                    return ops.quantize_per_token(x, 4, False, block)[0]
-                if kind == "silu_mul":
-                    return ops.silu_mul_quantize(other, 4, False, block)[0]
-                return ops.rms_norm_quantize(x, other[:, :k], weight, 1e-6, 4, False, block)[0]
 
-            size = m * k * gpu_model.ROW_BYTES[kind]
-            found = timed(Contender(name, size, 1, run, None), k, m, args.replays)
-            rows.append({"op": f"sliderquant {name}", "n": 0, "k": k, "m": m} | found)
+def quantizer_contender(m: int, k: int, kind: str, block: int, weight: torch.Tensor) -> Contender:
+    if not ops.is_native("cuda"):
+        raise Absent("this library was built without CUDA kernels")
+    other = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16)
+
+    def run(_, x: torch.Tensor) -> torch.Tensor:
+        if kind == "quantize":
+            return ops.quantize_per_token(x, 4, False, block)[0]
+        if kind == "silu_mul":
+            return ops.silu_mul_quantize(other, 4, False, block)[0]
+        return ops.rms_norm_quantize(x, other[:, :k], weight, 1e-6, 4, False, block)[0]
+
+    return Contender(kind, m * k * gpu_model.ROW_BYTES[kind], 1, run, None)
 
 
 def timed(contender: Contender, k: int, m: int, replays: int) -> dict:
@@ -281,24 +361,18 @@ def expected(row: dict, args: argparse.Namespace) -> dict:
     }
 
 
-def table(rows: list[dict], args: argparse.Namespace) -> str:
-    """Markdown; every figure of the model in columns that say that it was not measured."""
-    baseline = {(row["n"], row["k"], row["m"]): row["us"] for row in rows if row["op"] == BASELINE}
-    heads = ["op", "N x K", "M", "us", "x bf16", "GB/s", "error"]
-    heads += ["H200 model, not measured: us", "x bf16", "limit", "blocks (splits)"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        base = baseline.get((row["n"], row["k"], row["m"]))
-        cells = [row["op"], f"{row['n'] or '-'} x {row['k']}", str(row["m"])]
-        cells += [f"{row['us']:.1f}", f"{base / row['us']:.2f}" if base else "-"] if row["us"] else ["-", "-"]
-        cells += [f"{row['gb_per_s']:.0f}" if row.get("gb_per_s") else "-"]
-        cells += [f"{row['error']:.1e}" if row.get("error") is not None else "-"]
-        cells += [f"{row['model_us']:.1f}" if row["model_us"] else "-"]
-        cells += [f"{row['model_speedup']:.2f}" if "model_speedup" in row else "-", row["model_limit"] or "-"]
-        cells += [f"{row['model_blocks']} ({row['model_splits']})" if "model_blocks" in row else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def line(row: dict, baseline: float | None) -> str:
+    """Of a Markdown table; every figure of the model in columns that say that it was not measured."""
+    cells = [row["op"], f"{row['n'] or '-'} x {row['k']}", str(row["m"])]
+    cells += [f"{row['us']:.1f}" if row["us"] else "failed" if "failed" in row else "-"]
+    cells += [f"{baseline / row['us']:.2f}" if row["us"] and baseline else "-"]
+    cells += [f"{row['gb_per_s']:.0f}" if row.get("gb_per_s") else "-"]
+    cells += [f"{row['error']:.1e}" if row.get("error") is not None else "-"]
+    cells += [f"{row['model_us']:.1f}" if row["model_us"] else "-"]
+    cells += [f"{row['model_speedup']:.2f}" if "model_speedup" in row else "-", row["model_limit"] or "-"]
+    cells += [f"{row['model_blocks']} ({row['model_splits']})" if "model_blocks" in row else "-"]
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

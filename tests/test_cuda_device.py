@@ -1,13 +1,78 @@
-"""What times the CUDA kernels on a GPU, where there is none."""
+"""What times the CUDA kernels on a GPU, where there is none: it has to bring back whatever it can."""
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 
-from benchmarks import gpu_ops
+from benchmarks import gpu_kernels, gpu_ops
+
+
+@pytest.fixture
+def report(tmp_path):
+    options = ["--json", str(tmp_path / "times.json"), "--replays", "1"]
+    return gpu_kernels.Report(gpu_kernels.parse(options))
+
+
+def contender(name: str = "", least_m: int = 1) -> gpu_ops.Contender:
+    return gpu_ops.Contender(name, 1, 1, lambda copy, x: x, None, least_m=least_m)
+
+
+def fail_at(failing: int):
+    def timed(contender, k: int, m: int, replays: int) -> dict:
+        if m == failing:
+            raise torch.OutOfMemoryError("no memory\nfor that")
+        return {"us": 2.0 * m, "gb_per_s": 1.0, "error": None}
+
+    return timed
+
+
+def test_rows_after_one_that_fails(report, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_kernels, "timed", fail_at(8))
+    monkeypatch.setattr(gpu_kernels, "is_lost", lambda: False)
+    name = gpu_ops.op_name(4, 128)
+    gpu_kernels.measure_contender(report, gpu_ops.BASELINE, 256, 256, [16], contender)
+    gpu_kernels.measure_contender(report, name, 256, 256, [1, 8, 16], contender)
+    rows = json.loads(report.args.json.read_text())["rows"]
+    assert [(row["m"], row["us"], row.get("failed")) for row in rows[1:]] == [
+        (1, 2.0, None),
+        (8, None, "no memory"),
+        (16, 32.0, None),
+    ]
+    text = capsys.readouterr().out
+    assert f"| {name} | 256 x 256 | 16 | 32.0 | 1.00 |" in text and f"| {name} | 256 x 256 | 8 | failed |" in text
+    assert report.end() == 1 and f"failed: {name}, 256 x 256, M=8: no memory" in capsys.readouterr().out
+
+
+def test_peers_may_fail_or_be_absent(report, monkeypatch):
+    def absent():
+        raise gpu_ops.Absent("not here")
+
+    def too_large():
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(gpu_kernels, "timed", fail_at(0))
+    monkeypatch.setattr(gpu_kernels, "is_lost", lambda: False)
+    gpu_kernels.measure_contender(report, "torch int4", 256, 256, [1, 8], absent)
+    gpu_kernels.measure_contender(report, "torch int8", 256, 256, [1, 8], too_large)
+    gpu_kernels.measure_contender(report, "torch int2", 256, 256, [1, 8], lambda: contender(least_m=8))
+    found = json.loads(report.args.json.read_text())
+    assert found["absent"] == {"torch int4": "not here"} and report.end() == 0
+    assert [(row["op"], row["m"], "failed" in row) for row in found["rows"]] == [
+        ("torch int8", 1, True),
+        ("torch int2", 8, False),
+    ]
+
+
+def test_a_gpu_that_is_lost_ends_it_with_all_rows_written(report, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "timed", fail_at(8))
+    monkeypatch.setattr(gpu_kernels, "is_lost", lambda: True)
+    with pytest.raises(gpu_kernels.Lost):
+        gpu_kernels.measure_contender(report, gpu_ops.op_name(4, 128), 256, 256, [1, 8, 16], contender)
+    assert [row["m"] for row in json.loads(report.args.json.read_text())["rows"]] == [1, 8]
 
 
 def test_copies_hold_all_that_a_product_reads():
