@@ -31,7 +31,7 @@ from benchmarks.gpu_ops import (
     Absent,
     Contender,
     bf16_contender,
-    grouped_product,
+    grouped_contender,
     int4_contender,
     int8_contender,
     integer_contender,
@@ -246,25 +246,21 @@ def cold_bytes() -> int:
 
 
 def measure_experts(report: Report, experts: int, top_k: int, n: int, k: int) -> None:
-    args = report.args
+    args, cold = report.args, cold_bytes()
     for both in [*((bits, 16) for bits in args.bits), *args.integer]:
         own = op_name(both[0], args.group_size) if both[1] == 16 else integer_name(both)
-        product = grouped_product(args, experts, n, k, both)
         for m in args.m:
             # Every token goes to top_k experts at random.
             choice = torch.rand(m, experts, device="cuda").argsort(1)[:, :top_k].flatten()
             counts = torch.bincount(choice, minlength=experts)
             offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-            read = int((counts > 0).sum()) * n * k * both[0] // 8
             measure_contender(
                 report,
                 f"{own}, {top_k} of {experts} experts",
                 n,
                 k,
                 [m],
-                lambda product=product, read=read, offsets=offsets: Contender(
-                    "", read, 1, lambda _, x: product(x, offsets), None
-                ),
+                lambda both=both, offsets=offsets: grouped_contender(args, experts, n, k, both, cold, offsets),
                 top_k,
             )
 

@@ -189,23 +189,30 @@ def integer_contender(
     return Contender(integer_name(both), size, len(weights), run, dense, seen)
 
 
-def grouped_product(
-    args: argparse.Namespace, experts: int, n: int, k: int, both: tuple[int, int]
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(x, offsets) -> y, with random weights."""
+def grouped_contender(
+    args: argparse.Namespace, experts: int, n: int, k: int, both: tuple[int, int], cold: int, offsets: torch.Tensor
+) -> Contender:
+    """Random weights of all experts, of which those are read that have tokens."""
+    if not ops.is_native("cuda"):
+        raise Absent("this library was built without CUDA kernels")
     bits, activation_bits = both
     groups = 1 if activation_bits < 16 or args.group_size == -1 else k // args.group_size
     packed = torch.randint(0, 256, (experts * n, k * bits // 8), device="cuda", dtype=torch.uint8).view(torch.int32)
-    weight = ops.repack(packed, bits, activation_bits).unflatten(0, (experts, -1))
+    packed = ops.repack(packed, bits, activation_bits).unflatten(0, (experts, -1))
     scale = torch.rand(experts, groups, n, device="cuda") * 0.02
     zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, device="cuda")
     if activation_bits == 16:
-        return lambda x, offsets: ops.wna16_gemm_grouped(x, offsets, weight, scale, zero, None, bits, args.group_size)
-    col_sum = torch.zeros(experts, n, dtype=torch.int32, device="cuda")
-    channels = (weight, scale[:, 0].contiguous(), zero[:, 0].contiguous(), col_sum)
+        weight = (packed, scale, zero)
+    else:
+        col_sum = torch.zeros(experts, n, dtype=torch.int32, device="cuda")
+        weight = (packed, scale[:, 0].contiguous(), zero[:, 0].contiguous(), col_sum)
+    size = bytes_of(weight) * int((offsets.diff() > 0).sum()) // experts
+    weights = copies_of(weight, size, cold)
 
-    def run(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def run(copy: int, x: torch.Tensor) -> torch.Tensor:
+        if activation_bits == 16:
+            return ops.wna16_gemm_grouped(x, offsets, *weights[copy], None, bits, args.group_size)
         tokens = ops.quantize_per_token(x, activation_bits, args.symmetric)
-        return ops.w4a4_gemm_grouped(*tokens, offsets, *channels, None, bits, x.dtype)
+        return ops.w4a4_gemm_grouped(*tokens, offsets, *weights[copy], None, bits, x.dtype)
 
-    return run
+    return Contender(op_name(bits, args.group_size), size, len(weights), run, None)
