@@ -1,14 +1,80 @@
-"""What times the CUDA kernels on a GPU, where there is none: it has to bring back whatever it can."""
+"""What times and checks the CUDA kernels on a GPU, where there is none: it has to bring back whatever it can."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 import torch
 
 from benchmarks import gpu_kernels, gpu_ops
+from tests.cuda import ROOT
+
+# A python that knows no GPU but says that it does, and stages that fail or hang as $FAILING and $HANGING say.
+PYTHON = """#!/bin/bash
+case "$*" in
+  *is_available*) exit 0 ;;
+  *setup.py*) stage=build ;;
+  *torch.ones*) stage=probe ;;
+  *test_cuda_ptx*) stage=ptx ;;
+  *gpu_kernels*) stage=times ;;
+  *-n\\ 4*) stage=ops ;;
+  *) stage=sanitizer ;;
+esac
+echo "ran $stage"
+[[ " $HANGING " == *" $stage "* ]] && sleep 60
+[[ " $FAILING " != *" $stage "* ]]
+"""
+SANITIZER = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; [[ $1 == 1 ]] && shift; done\nexec "$@"\n'
+
+
+@pytest.fixture
+def device(tmp_path):
+    """(stages..., FAILING, HANGING, LIMIT) -> (exit status, what became of each stage)"""
+    for name, text in {
+        "python": PYTHON,
+        "compute-sanitizer": SANITIZER,
+        "nvidia-smi": "#!/bin/sh\necho H200\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*stages: str, **environment: str) -> tuple[int, dict[str, str]]:
+        environment = {"FAILING": "", "HANGING": "", "PYTHON": str(tmp_path / "python")} | environment
+        environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+        command = [str(ROOT / "benchmarks/device.sh"), "--out", str(tmp_path / "out"), *stages]
+        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        lines = (tmp_path / "out/summary.txt").read_text().splitlines()
+        assert lines[0] == "H200" and set(lines) <= set(process.stdout.splitlines())
+        found = dict(line.removeprefix("device.sh: ").rsplit(",", 1)[0].split(": ") for line in lines[1:])
+        for stage in found:
+            assert (tmp_path / "out" / f"{stage}.log").exists() or found[stage] == "out of time"
+        return process.returncode, found
+
+    return run
+
+
+def test_every_stage_runs_whatever_became_of_the_others(device):
+    stages = ["build", "ptx", "ops", "times", "sanitizer"]
+    status, found = device()
+    assert status == 0 and list(found.items()) == [(stage, "passed") for stage in stages]
+    status, found = device(FAILING="ops sanitizer")
+    assert status == 1 and list(found) == stages
+    assert found["ops"] == found["sanitizer"] == "failed (1)" and found["times"] == "passed"
+
+
+def test_stages_that_are_named(device):
+    assert device("ops", "times") == (0, {"ops": "passed", "times": "passed"})
+
+
+def test_a_sanitizer_that_refuses_the_gpu_neither_passes_nor_fails(device):
+    assert device("times", "sanitizer", FAILING="probe") == (0, {"times": "passed", "sanitizer": "not available"})
+
+
+def test_what_hangs_is_ended(device):
+    assert device("ops", "times", HANGING="ops", LIMIT="12") == (1, {"ops": "out of time", "times": "out of time"})
 
 
 @pytest.fixture
