@@ -70,18 +70,21 @@ def test_compiles_without_spills(arch, tmp_path):
 def test_library_has_no_spills(arch):
     command = [find_cuobjdump(), "-res-usage", "-arch", f"sm_{arch}", str(LIBRARY)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
     assert len(kernels) > 100
-    assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
+    assert [kernel for kernel in kernels if kernel[2:] != ("0", "0")] == []
+    if arch == "90a":
+        # The third warpgroup keeps 40 and the others take 232 each: of fewer they would wait forever.
+        assert {registers for name, registers, *_ in kernels if "run_sm90" in name} == {"168"}
     check_held(HELD if arch == "90a" else HELD.keys() - {"launch_sm90.cu"}, instructions(LIBRARY, arch))
     assert SLOW_PRODUCT not in LIBRARY.read_bytes()
 
 
 @needs_nvcc
 def test_products_of_warpgroups_run_side_by_side(tmp_path):
-    """ptxas may let them run one by one, and says so."""
+    """ptxas may let them run one by one, or ignore how registers are shared out, and says so."""
     report = compile_cuda(ROOT / "csrc" / "cuda" / "launch_sm90.cu", tmp_path / "kernels.o", "90a", "-c")
-    assert "Potential Performance Loss" not in report, report
+    assert "Potential Performance Loss" not in report and "setmaxnreg" not in report, report
 
 
 @needs_nvcc
