@@ -245,6 +245,13 @@ SLIDERQUANT_DEVICE Vec4 load_vector(const Vec4* global) {
 SLIDERQUANT_DEVICE void wait_for_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SLIDERQUANT_DEVICE void let_next_grid_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// What the grid ahead has written, behind the wait for it: not read-only while this grid runs, as `load` takes it to be.
+SLIDERQUANT_DEVICE float load_of_grid_ahead(const float* global) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(__cvta_generic_to_global(global)) : "memory");
+  return value;
+}
+
 }  // namespace ptx
 
 #else
@@ -447,6 +454,7 @@ inline Vec4 load_vector(const Vec4* global) { return load(global); }
 
 inline void wait_for_grid() { host::wait_for_grid(); }
 inline void let_next_grid_begin() {}
+inline float load_of_grid_ahead(const float* global) { return load(global); }
 
 }  // namespace ptx
 

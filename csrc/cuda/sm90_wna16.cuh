@@ -55,7 +55,9 @@ class Sm90Wna16 {
       if constexpr (kType == Float::kFp16) {
         if (first) ptx::wait_for_grid();  // which measured the magnitudes
         // The reciprocal of a power of two.
-        if (exists) shrink_ = bits_to_float((254u << 23) - float_to_bits(ptx::load(blocks_.magnitudes + channel)));
+        if (exists) {
+          shrink_ = bits_to_float((254u << 23) - float_to_bits(ptx::load_of_grid_ahead(blocks_.magnitudes + channel)));
+        }
       }
       fetch_scales();
     } else if (a_.zero != nullptr) {
@@ -121,7 +123,7 @@ class Sm90Wna16 {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t n = n0 + fragment::c(lane_, 2 * r).row;
-        scale[r] = n < a_.n && scales != nullptr ? ptx::load(scales + n) : 1;
+        scale[r] = n < a_.n && scales != nullptr ? ptx::load_of_grid_ahead(scales + n) : 1;
         offset[r] = n < a_.n && bias != nullptr ? ptx::load(bias + n) : 0;
       }
 #pragma unroll
