@@ -72,18 +72,27 @@ SLIDERQUANT_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
       : "memory");
 }
 
-// Until the phase of this parity has ended; phases count from 0, and what comes before them has ended.
+// Until the phase of this parity has ended; phases count from 0, and what comes before them has ended. kCluster: also
+// orders what follows behind what other blocks did before they arrived, for which it empties the L1 cache.
+template <bool kCluster = false>
 SLIDERQUANT_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#define SLIDERQUANT_TRY_WAIT(SCOPE)                                            \
+  asm volatile(                                                                \
+      "{\n\t.reg .pred ended;\n\t"                                             \
+      "mbarrier.try_wait.parity" SCOPE ".shared::cta.b64 ended, [%1], %2;\n\t" \
+      "selp.u32 %0, 1, 0, ended;\n\t}"                                         \
+      : "=r"(ended)                                                            \
+      : "r"(shared_address(barrier)), "r"(parity)                              \
+      : "memory")
   uint32_t ended = 0;
   while (ended == 0) {
-    asm volatile(
-        "{\n\t.reg .pred ended;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, ended;\n\t}"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    if constexpr (kCluster) {
+      SLIDERQUANT_TRY_WAIT(".acquire.cluster");
+    } else {
+      SLIDERQUANT_TRY_WAIT("");
+    }
   }
+#undef SLIDERQUANT_TRY_WAIT
 }
 
 // So many bytes, a multiple of 16, from global to shared memory; they count as come where they are there.
@@ -298,7 +307,10 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
 inline void barrier_fence() { host::barrier_fence(); }
 inline void barrier_arrive(uint64_t* barrier) { host::barrier_arrive(barrier, 0); }
 inline void barrier_arrive(uint64_t* barrier, int bytes) { host::barrier_arrive(barrier, bytes); }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) { host::barrier_wait(barrier, parity); }
+template <bool kCluster = false>
+void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  host::barrier_wait(barrier, parity);
+}
 inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t) {
   host::bulk_copy(shared, global, bytes, barrier);
 }

@@ -159,7 +159,7 @@ class Sm90Stages {
     bool wait_for_image = first && of_tokens;
 #pragma unroll 1
     for (int chunk = 0; chunk < work.chunks; ++chunk) {
-      ptx::barrier_wait(empty(place_.slot), place_.parity ^ 1);
+      ptx::barrier_wait<true>(empty(place_.slot), place_.parity ^ 1);
       // All lanes have seen this phase before it can go by. Bytes may come before they are counted on.
       ptx::sync_warp();
       if (lane == 0) ptx::barrier_arrive(full(place_.slot), stage_bytes);
