@@ -6,11 +6,13 @@
 //
 // What sm_90a does on its own happens here at some moment between its start and the end of the wait for it: bulk copies
 // land in any order, and a warp's products read their registers and shared memory as these are then. B must have been
-// brought by bulk copies, for ordinary writes do not reach products without a fence.
+// brought by bulk copies, for ordinary writes do not reach products without a fence. The grid ahead has ended before this
+// one begins, or ends when nothing here can go on without it.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -25,6 +27,11 @@
 #include "../csrc/cuda/ptx_sm90.cuh"
 
 namespace sliderquant::cuda {
+
+// That bulk copies have brought to a cluster before the grid ahead ended, at most.
+extern "C" {
+inline int64_t bytes_ahead_of_grid = 0;
+}
 
 class BlockRunner {
  public:
@@ -215,7 +222,13 @@ class BlockRunner {
     return reinterpret_cast<const unsigned char*>(copied);
   }
 
-  void wait_for_grid() { fiber().waited = true; }
+  void wait_for_grid() {
+    if (!grid_ended_) {
+      behind_grid_.push_back(thread_);
+      wait("wait_for_grid");
+    }
+    fiber().waited = true;
+  }
 
   void check_global(const void* address, int bytes, bool write) { check_range(address, bytes, bytes, write); }
   void check_shared(const void* address, int bytes) { check_shared_range(address, bytes, bytes); }
@@ -342,6 +355,7 @@ class BlockRunner {
     bulks_.erase(bulks_.begin() + static_cast<std::ptrdiff_t>(at));
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     std::memcpy(copied(copy), copy.from, static_cast<size_t>(copy.bytes));
+    landed_bytes_ += copy.bytes;
     Barrier& barrier = known(copy.barrier);
     barrier.bytes -= copy.bytes;
     advance(barrier);
@@ -367,6 +381,12 @@ class BlockRunner {
     warp.open.clear();
   }
 
+  void end_grid() {
+    grid_ended_ = true;
+    bytes_ahead_of_grid = std::max(bytes_ahead_of_grid, landed_bytes_);
+    ready_.swap(behind_grid_);
+  }
+
   // What may happen while threads run: a copy lands, products are computed.
   void progress() {
     if (!bulks_.empty() && random_() % 8 == 0) land(random_() % bulks_.size());
@@ -382,6 +402,9 @@ class BlockRunner {
     groups_.assign((warps_.size() + 3) / 4, {});
     barriers_.clear();
     bulks_.clear();
+    behind_grid_.clear();
+    landed_bytes_ = 0;
+    grid_ended_ = random_() % 2 != 0;
     std::memset(copied_.data(), 0xFF, copied_.size());
     ready_.clear();
     for (int thread = 0; thread < threads; ++thread) {
@@ -404,6 +427,7 @@ class BlockRunner {
     while (error_.empty()) {
       progress();
       while (ready_.empty() && !bulks_.empty() && error_.empty()) land(random_() % bulks_.size());
+      if (ready_.empty() && !grid_ended_) end_grid();
       if (ready_.empty() || !error_.empty()) break;
       size_t at = random_() % ready_.size();
       for (int draw = 1; draw < draws; ++draw) {
@@ -485,7 +509,9 @@ class BlockRunner {
   std::vector<std::vector<uint64_t>> groups_;  // of warps, the descriptors of B that they have met
   std::map<const void*, Barrier> barriers_;
   std::vector<Bulk> bulks_;  // that have not landed
-  std::vector<int> ready_;
+  std::vector<int> ready_, behind_grid_;
+  bool grid_ended_ = true;  // the one ahead
+  int64_t landed_bytes_ = 0;
   int64_t block_ = 0;
   int cluster_ = 1, block_threads_ = 1, product_rank_ = 0;
   int thread_ = 0, threads_ = 0;  // of the cluster

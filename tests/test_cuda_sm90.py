@@ -184,6 +184,16 @@ def test_wna16_does_not_depend_on_the_order_of_events(emulator, k, splits, group
         assert torch.equal(first, sm90_wna16(emulator, weight, x, None, tokens, splits, 1, seed)), seed
 
 
+@pytest.mark.parametrize(("k", "stages"), [(256, 2), (1280, 4)])
+def test_weights_fill_the_ring_before_the_image_is_made(emulator, k, stages):
+    weight, x = random_weight(512, k, 4, -1, False), torch.randn(128, k).to(torch.bfloat16)
+    found = ctypes.c_int64.in_dll(emulator, "bytes_ahead_of_grid")
+    found.value = 0
+    for seed in range(4):
+        sm90_wna16(emulator, weight, x, None, 128, 1, 1, seed)
+    assert found.value == stages * 512 * 128 * 4 // 8
+
+
 # N, K, M, splits of K, clusters
 INTEGER_CASES = (
     (1, 32, 1, 1, 1),

@@ -155,22 +155,29 @@ class Sm90Stages {
     }
     // Weights that no other block needs are the first to go.
     const uint64_t policy = of_weights && a.m <= kTile.tokens() ? ptx::evict_first() : ptx::evict_normal();
-    // The image is made by the grid ahead; weights were there before.
-    bool wait_for_image = first && of_tokens;
+    // Bytes may come before they are counted on.
+    const auto begin_stage = [&](int slot, int chunk) {
+      if (lane == 0) ptx::barrier_arrive(full(slot), stage_bytes);
+      if (of_weights && bytes > 0) ptx::bulk_copy(x_sh(slot) + sh_wr, gl_rd + chunk * step, bytes, full(slot), policy);
+    };
+    // The image is made by the grid ahead; weights were there before, and all slots are free.
+    const int ahead = !first ? 0 : work.chunks < kStages ? work.chunks : kStages;
+    if (first) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < ahead; ++chunk) begin_stage(chunk, chunk);
+      ptx::wait_for_grid();
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < work.chunks; ++chunk) {
-      ptx::barrier_wait<true>(empty(place_.slot), place_.parity ^ 1);
-      // All lanes have seen this phase before it can go by. Bytes may come before they are counted on.
-      ptx::sync_warp();
-      if (lane == 0) ptx::barrier_arrive(full(place_.slot), stage_bytes);
-      if (of_weights && bytes > 0) ptx::bulk_copy(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot), policy);
-      if (wait_for_image) ptx::wait_for_grid();
-      wait_for_image = false;
-      if (of_tokens && bytes > 0) {
-        ptx::bulk_copy_to_cluster<Sm90Tile::kCluster>(x_sh(place_.slot) + sh_wr, gl_rd, bytes, full(place_.slot),
-                                                      policy);
+      if (chunk >= ahead) {
+        ptx::barrier_wait<true>(empty(place_.slot), place_.parity ^ 1);
+        ptx::sync_warp();  // all lanes have seen this phase before it can go by
+        begin_stage(place_.slot, chunk);
       }
-      gl_rd += step;
+      if (of_tokens && bytes > 0) {
+        ptx::bulk_copy_to_cluster<Sm90Tile::kCluster>(x_sh(place_.slot) + sh_wr, gl_rd + chunk * step, bytes,
+                                                      full(place_.slot), policy);
+      }
       place_.advance();
     }
   }
