@@ -2,7 +2,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
-#include <vector>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
 
 #include "integer_gemm.cuh"
 #include "launch.h"
@@ -68,38 +71,34 @@ const char* launch_integer(const IntegerGemm& args, int tokens, const IntegerBlo
   }
 }
 
-std::vector<Gpu> all_gpus() {
-  int count = 0;
-  std::vector<Gpu> gpus;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) return gpus;
-  for (int device = 0; device < count; ++device) {
-    int major = 0, minor = 0;
-    Gpu gpu = {};
-    bool known = true;
-    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-      known = known && cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
-    };
-    ask(&major, cudaDevAttrComputeCapabilityMajor);
-    ask(&minor, cudaDevAttrComputeCapabilityMinor);
-    ask(&gpu.processors, cudaDevAttrMultiProcessorCount);
-    if (!known) return {};
-    gpu.arch = 10 * major + minor;
+void check(cudaError_t error, int device) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that no launch reports it again
+  throw std::runtime_error("CUDA device " + std::to_string(device) + ": " + cudaGetErrorString(error));
+}
+
+Gpu ask(int device) {
+  int major = 0, minor = 0;
+  Gpu gpu = {};
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), device);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), device);
+  check(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, device), device);
+  gpu.arch = 10 * major + minor;
 #ifndef SLIDERQUANT_SM90A
-    if (gpu.arch == 90) gpu.arch = 89;  // a build without the kernels for sm_90a, which takes those for sm_80
+  if (gpu.arch == 90) gpu.arch = 89;  // a build without the kernels for sm_90a, which takes those for sm_80
 #endif
-    gpus.push_back(gpu);
-  }
-  return gpus;
+  return gpu;
 }
 
 }  // namespace
 
 const Gpu& gpu(int device) {
-  static const std::vector<Gpu> gpus = all_gpus();
-  if (device < 0 || device >= static_cast<int>(gpus.size())) {
-    throw std::runtime_error("CUDA knows nothing of device " + std::to_string(device));
-  }
-  return gpus[static_cast<size_t>(device)];
+  static std::mutex mutex;
+  static std::map<int, Gpu> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) found = known.emplace(device, ask(device)).first;
+  return found->second;
 }
 
 const char* wna16(const Wna16& args, const Plan& plan, float* workspace, int device, uintptr_t stream) {

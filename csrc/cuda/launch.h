@@ -21,11 +21,11 @@ const char* integer_gemm_grouped(const IntegerGemm&, const Experts&, const Plan&
                                  uintptr_t stream);
 const char* repack(const Repack&, int device, uintptr_t stream);
 
-// Throws std::runtime_error where CUDA knows nothing of the device.
+// Throws std::runtime_error with CUDA's text where it cannot tell.
 const Gpu& gpu(int device);
 
 // How a product is made, the environment's override considered. Throws std::runtime_error where that says nothing
-// valid, or CUDA nothing about the device.
+// valid, or CUDA cannot tell what the device is.
 Plan plan(const Wna16&, int device);
 Plan plan(const IntegerGemm&, int device);
 Plan plan_grouped(const Wna16&, int64_t experts, int device);
