@@ -169,7 +169,7 @@ class Sm80Wna16 {
       const uint16_t* x_gl_rd = x_gl_ + i * kStep;
       const bool exists = i * kStep < x_left_;
       if (x_aligned_) {
-        ptx::cp_async(x_sh_wr, x_gl_rd, exists);
+        ptx::cp_async(x_sh_wr, exists ? x_gl_rd : a_.x, exists);
       } else {
         Vec4 run = {};
         if (exists) {
