@@ -34,7 +34,7 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/summary.txt"
 
-export SLIDERQUANT_NO_SKIPS=1
+export SLIDERQUANT_NO_SKIPS=1 # what is skipped was not checked
 within() { timeout --kill-after=10 "$limit" "$@"; }
 
 build() {
@@ -43,10 +43,9 @@ build() {
 
 ptx() { within "$python" -m pytest -q tests/test_cuda_ptx.py -k gpu; }
 
-# Several processes: one that a kernel hangs or breaks is replaced, and the other tests go on. Without conftest.py, which
-# keeps the tests of a file in one process.
+# Several processes: one that a kernel hangs or breaks is replaced, and the other tests go on.
 ops() {
-  within env OMP_NUM_THREADS=4 "$python" -m pytest -q -n 4 --noconftest --timeout 60 --timeout-method thread \
+  within env OMP_NUM_THREADS=4 "$python" -m pytest -q -n 4 --dist worksteal --timeout 60 --timeout-method thread \
     tests/test_ops_cuda.py
 }
 

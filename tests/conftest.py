@@ -14,6 +14,8 @@ ISAS = ("portable", "avx2", "avx512f", "avx512", "amx")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Of several test processes one runs all tests of a file, which share what they prepare, and one starts engines."""
+    if config.getvalue("dist") != "load":
+        return None  # asked for otherwise
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
