@@ -156,6 +156,18 @@ def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     return FP32 * max(forward, factor, search)
 
 
+def finish_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """Peak while a block is read and transformed, or rounded, packed, written and read back."""
+    held = 2 + recipe.has_offset  # itself, quantized, and how far its codes are from the nearest ones
+    return FP32 * (held * shapes.weights + 6 * shapes.largest) + shapes.weights  # and its codes
+
+
+def longest_window(recipe: Recipe, blocks: int) -> int:
+    """Blocks that are held together: one where no windows slide."""
+    windows = recipe.windows(blocks) if recipe.slides else ()
+    return max((window.last - window.first + 1 for window in windows), default=1)
+
+
 def stream_bytes(model: Model, recipe: Recipe) -> int:
     """Hidden states of one rank's samples."""
     samples = -(-recipe.nsamples // parallel.world())
@@ -178,7 +190,7 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
     limit, taken = (budget.device, 0) if on_gpu else (budget.host, PROCESS)
     room = limit - taken
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
-    size = longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
+    size = longest = longest_window(recipe, model.blocks)
     while size > 1 and _peak(shapes, recipe, size, checkpointing=True) > room:
         size -= 1
     everything = _peak(shapes, recipe, size, checkpointing=False)
@@ -196,7 +208,7 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
     allow = f"--max-{name.lower()}-memory allows more"
     if recomputes and not checkpointing:
         logger.warning("%.2f GB do not hold all that gradients need: activation checkpointing; %s", limit / 1e9, allow)
-    if size < longest and recipe.slides:
+    if size < longest:
         logger.warning("%.2f GB hold windows of %d blocks, not of %d: shortened; %s", limit / 1e9, size, longest, allow)
         window = min(recipe.window, size)
         stride = min(recipe.stride, window)
@@ -215,8 +227,7 @@ def expected(model: Model, place: Place) -> Budget:
     recipe, hidden = model.recipe, model.config.hidden_size
     vocabulary = model.config.vocab_size * hidden
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
-    longest = max(window.last - window.first + 1 for window in recipe.windows(model.blocks))
-    needed = _peak(shapes, recipe, longest, place.checkpointing)
+    needed = _peak(shapes, recipe, longest_window(recipe, model.blocks), place.checkpointing)
     streams = stream_bytes(model, recipe)
     work = needed + streams * (place.kind == "device")
     if recipe.tunes:
@@ -230,7 +241,7 @@ def expected(model: Model, place: Place) -> Budget:
 
 def _peak(shapes: list[Shapes], recipe: Recipe, size: int, checkpointing: bool) -> int:
     """Of any window of so many blocks."""
-    needed = [window_bytes(shapes[:1], replace(recipe, learn_rounding=False), checkpointing=False)]
+    needed = [finish_bytes(each, recipe) for each in shapes]
     for first in range(max(len(shapes) - size + 1, 1)):
         inside = shapes[first : first + size]
         if recipe.slides:
