@@ -35,7 +35,7 @@ def check_memory(model: Model) -> None:
     """Refuse, before any work, a model whose blocks do not fit together. Raises UserError with what would."""
     state = model.skeleton.state_dict()
     weights = sum(value.numel() for name, value in state.items() if name.startswith("model.layers."))
-    needed = learning_bytes(model.recipe) * weights
+    needed = learning_bytes(model) * weights
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
     else:

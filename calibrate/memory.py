@@ -117,9 +117,10 @@ def active_linears(model: Model, index: int) -> list[str]:
     return [path for path in layout.linears if path not in idle]
 
 
-def learning_bytes(recipe: Recipe) -> int:
+def learning_bytes(model: Model) -> int:
     """Per weight of a block that learns."""
-    quantized = FP16 if products.FAST_BF16 else FP32
+    recipe = model.recipe
+    quantized = FP16 if model.device.type == "cuda" or products.FAST_BF16 else FP32
     held = FP32 + quantized + FP16 + FP64  # itself, quantized, its rounding error, a sum of gradients
     if recipe.has_offset:
         held += FP32
@@ -128,13 +129,13 @@ def learning_bytes(recipe: Recipe) -> int:
     return held
 
 
-def window_bytes(shapes: list[Shapes], recipe: Recipe, checkpointing: bool) -> int:
+def window_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int:
     """Peak while a window of these blocks is optimised, without the hidden states of the samples."""
     weights = sum(each.weights for each in shapes)
     per_token = [each.per_token for each in shapes]
     kept = max(per_token) + sum(each.hidden for each in shapes) if checkpointing else sum(per_token)
-    values = recipe.seqlen * kept + 2 * max(each.largest for each in shapes)
-    return learning_bytes(recipe) * weights + FP32 * values
+    values = model.recipe.seqlen * kept + 2 * max(each.largest for each in shapes)
+    return learning_bytes(model) * weights + FP32 * values
 
 
 def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int:
@@ -143,7 +144,7 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
     logits = LOGITS * recipe.seqlen * config.vocab_size
     states = 2 * recipe.nsamples * recipe.seqlen * config.hidden_size
     outer = config.vocab_size * config.hidden_size + logits + states
-    return window_bytes(shapes, recipe, checkpointing) + FP32 * outer
+    return window_bytes(model, shapes, checkpointing) + FP32 * outer
 
 
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
@@ -191,13 +192,13 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
     room = limit - taken
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
     size = longest = longest_window(recipe, model.blocks)
-    while size > 1 and _peak(shapes, recipe, size, checkpointing=True) > room:
+    while size > 1 and _peak(model, shapes, size, checkpointing=True) > room:
         size -= 1
-    everything = _peak(shapes, recipe, size, checkpointing=False)
+    everything = _peak(model, shapes, size, checkpointing=False)
     if recipe.tunes:
         everything = max(everything, tuning_bytes(model, shapes, checkpointing=False))
     recomputes = checkpointing or everything > room
-    needed = _peak(shapes, recipe, size, recomputes)
+    needed = _peak(model, shapes, size, recomputes)
     name = "GPU" if on_gpu else "host"
     if needed > room:
         raise UserError(
@@ -227,7 +228,7 @@ def expected(model: Model, place: Place) -> Budget:
     recipe, hidden = model.recipe, model.config.hidden_size
     vocabulary = model.config.vocab_size * hidden
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
-    needed = _peak(shapes, recipe, longest_window(recipe, model.blocks), place.checkpointing)
+    needed = _peak(model, shapes, longest_window(recipe, model.blocks), place.checkpointing)
     streams = stream_bytes(model, recipe)
     work = needed + streams * (place.kind == "device")
     if recipe.tunes:
@@ -239,13 +240,14 @@ def expected(model: Model, place: Place) -> Budget:
     return Budget(PROCESS + max(work, outer), 0)
 
 
-def _peak(shapes: list[Shapes], recipe: Recipe, size: int, checkpointing: bool) -> int:
+def _peak(model: Model, shapes: list[Shapes], size: int, checkpointing: bool) -> int:
     """Of any window of so many blocks."""
+    recipe = model.recipe
     needed = [finish_bytes(each, recipe) for each in shapes]
     for first in range(max(len(shapes) - size + 1, 1)):
         inside = shapes[first : first + size]
         if recipe.slides:
-            needed.append(window_bytes(inside, recipe, checkpointing))
+            needed.append(window_bytes(model, inside, checkpointing))
         if recipe.needs_start:
             held = 3 if recipe.has_offset else 2
             needed.append(start_bytes(inside[-1], recipe) + FP32 * held * sum(each.weights for each in inside[:-1]))

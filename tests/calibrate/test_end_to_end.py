@@ -77,7 +77,7 @@ def test_a_tuning_that_dies_goes_on_behind_the_last_step_it_kept(tmp_path, monke
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "learning_bytes", lambda recipe: 10**9 if recipe.learn_rounding else 1)
+    monkeypatch.setattr(end_to_end, "learning_bytes", lambda model: 10**9 if model.recipe.learn_rounding else 1)
     progress = Losses()
     with pytest.raises(UserError, match=r"keeps all 3 blocks in memory, about \d+ GB; cpu has .*set it to 0"):
         calibrate(small_model(tmp_path), SAMPLES, progress)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from calibrate import products
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -22,6 +24,7 @@ from calibrate.memory import (
     expected,
     finish_bytes,
     fit,
+    learning_bytes,
     start_bytes,
     stream_bytes,
     tuning_bytes,
@@ -112,8 +115,8 @@ def test_memory_decides_what_is_given_up(directories, tmp_path, caplog):
     """With less and less memory: nothing, hidden states inside of blocks, the length of windows, the run."""
     model = Model(directories["llama"], recipe(seqlen=4096), CPU)
     shapes = Shapes.of(model, 0)
-    both = partial(window_bytes, [shapes] * 2, model.recipe)
-    assert window_bytes([shapes], model.recipe, checkpointing=False) < both(True) < both(False)
+    both = partial(window_bytes, model, [shapes] * 2)
+    assert window_bytes(model, [shapes], checkpointing=False) < both(True) < both(False)
 
     def fitted(limit: int, **chosen) -> tuple[Place, int, str]:
         caplog.clear()
@@ -133,7 +136,7 @@ def test_memory_decides_what_is_given_up(directories, tmp_path, caplog):
     assert not place.checkpointing, "one block is a window of its own: nothing would be saved"
     assert window == 1 and "windows of 1 blocks, not of 2: shortened" in said and "checkpointing" not in said
     with pytest.raises(UserError, match=r"--max-host-memory: 0\.\d+ GB are too little for one block.*or allow more"):
-        fitted(window_bytes([shapes], model.recipe, checkpointing=False) - 1)
+        fitted(window_bytes(model, [shapes], checkpointing=False) - 1)
     place, window, said = fitted(both(False) + streams, checkpointing=True)
     assert place.checkpointing and window == 2 and not said, "as it was asked for"
 
@@ -201,9 +204,16 @@ def test_a_run_takes_the_memory_that_was_foreseen(tmp_path, settings):
     assert foreseen / 1.2 < taken < foreseen * 1.3, (taken, foreseen)
 
 
+def test_weights_that_learn_are_bf16_on_a_gpu_whatever_the_cpu_can(monkeypatch):
+    for fast, more in ((False, 2), (True, 0)):
+        monkeypatch.setattr(products, "FAST_BF16", fast)
+        cpu, cuda = (SimpleNamespace(recipe=recipe(), device=torch.device(name)) for name in ("cpu", "cuda"))
+        assert learning_bytes(cpu) - learning_bytes(cuda) == more
+
+
 def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
     model = Model(directories["llama"], recipe(seqlen=4096, end_to_end_epochs=1), CPU)
-    windows = window_bytes([Shapes.of(model, 0)] * 2, model.recipe, checkpointing=False)
+    windows = window_bytes(model, [Shapes.of(model, 0)] * 2, checkpointing=False)
     whole = tuning_bytes(model, [Shapes.of(model, index) for index in range(model.blocks)], checkpointing=False)
     assert windows < whole
     for limit in (whole - 1, whole):
