@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,11 +90,18 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Of one decoder block: weights, largest linear, inputs of the widest one, values that its backward keeps."""
+    """Of one decoder block, numbers of values.
+
+    Attributes:
+        weights: of all linears; largest: of the largest one.
+        moment: second moment of the inputs of the widest one; moments: all that one pass over the samples collects.
+        per_token: what backward keeps.
+    """
 
     weights: int
     largest: int
-    widest: int
+    moment: int
+    moments: int
     hidden: int
     per_token: int
 
@@ -106,14 +114,28 @@ class Shapes:
         hidden = model.config.hidden_size
         active = [layer.get_submodule(path).weight.shape for path in active_linears(model, index)]
         per_token = 6 * hidden + 2 * sum(shape[0] for shape in active) + sum(shape[1] for shape in active)
-        return cls(sum(sizes), max(sizes), max(shape[1] for shape in shapes), hidden, per_token)
+        moment = max(shape[1] for shape in shapes) ** 2
+        return cls(sum(sizes), max(sizes), moment, _collected(model, index), hidden, per_token)
+
+
+def _collected(model: Model, index: int) -> int:
+    """Values of the second moments that are held together while a block gets its initial values.
+
+    Those of a norm's readers, and those of all downs, come from one pass over the samples, and every expert has its own
+    (calibrate.start).
+    """
+    layer, layout, config = model.skeleton.model.layers[index], model.layouts[index], model.quantization_config()
+    downs, passes = {mlp.down for mlp in layout.mlps}, Counter()
+    for pair, (path, *_) in layout.sites:
+        if config.scheme_for(f"model.layers.{index}.{path}"):
+            passes["downs" if path in downs else pair] += layer.get_submodule(path).weight.shape[1] ** 2
+    return max(passes.values(), default=0)
 
 
 def active_linears(model: Model, index: int) -> list[str]:
     """The linears that one token goes through."""
     layout = model.layouts[index]
-    chosen = getattr(model.config, "num_experts_per_tok", None) or len(layout.mlps)
-    idle = {path for mlp in layout.mlps[chosen:] for path in (mlp.gate, mlp.up, mlp.down)}
+    idle = {path for mlp in layout.routed[getattr(model.config, "num_experts_per_tok", 0) :] for path in mlp}
     return [path for path in layout.linears if path not in idle]
 
 
@@ -149,11 +171,11 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
 
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
-    held, moment = 1 + recipe.has_offset, shapes.widest**2
-    tokens = recipe.seqlen
-    forward = (held + 1) * shapes.weights + 3 * moment + tokens * shapes.per_token
-    factor = held * shapes.weights + 5 * moment  # fp32, and two in float64
-    search = held * shapes.weights + 2 * moment + 5 * shapes.largest
+    held = 1 + recipe.has_offset
+    # Sums are float64 while samples are added; what a sample adds to one is there in fp32 and in float64.
+    forward = (held + 1) * shapes.weights + 2 * shapes.moments + 3 * shapes.moment + recipe.seqlen * shapes.per_token
+    factor = held * shapes.weights + shapes.moments + 4 * shapes.moment  # two in float64
+    search = held * shapes.weights + shapes.moments + shapes.moment + 5 * shapes.largest
     return FP32 * max(forward, factor, search)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import products
+from calibrate import products, start
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -21,6 +21,7 @@ from calibrate.memory import (
     PROCESS,
     Budget,
     Shapes,
+    active_linears,
     expected,
     finish_bytes,
     fit,
@@ -33,6 +34,7 @@ from calibrate.memory import (
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
+from calibrate.start import InputStatistics, collect
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
 from tests.calibrate.models import write_random_model
 from tests.calibrate.test_pipeline import Losses
@@ -46,7 +48,7 @@ def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return {
         family: write_random_model(folder / family, family, max_position_embeddings=4096)
-        for family in ("llama", "mixtral")
+        for family in ("llama", "mixtral", "qwen2_moe")
     }
 
 
@@ -155,6 +157,34 @@ def test_without_windows_one_block_has_to_fit(directories, tmp_path, caplog, set
     assert fit(model, Budget(PROCESS + limit, 0), tmp_path).kind == "device" and not caplog.text
 
 
+@pytest.mark.parametrize(("family", "ignore"), [("llama", ()), ("mixtral", ()), ("mixtral", ("re:.*w2",))])
+def test_moments_that_one_pass_collects_are_counted_together(directories, monkeypatch, family, ignore):
+    """Those of all experts."""
+    held, add_up = [], InputStatistics.add_up
+
+    def counted(statistics):
+        held[-1] += statistics.moment.numel()
+        add_up(statistics)
+
+    def collecting(*args):
+        held.append(0)
+        return collect(*args)
+
+    monkeypatch.setattr(InputStatistics, "add_up", counted)
+    monkeypatch.setattr(start, "collect", collecting)
+    chosen = compose(WeightScheme(4), preset="fast", nsamples=4, seqlen=48, ignore=("lm_head", *ignore))
+    model = Model(directories[family], chosen, CPU)
+    calibrate(model, SAMPLES, Losses())
+    assert Shapes.of(model, 0).moments == max(held)
+
+
+def test_the_expert_of_every_token_is_active(directories):
+    model = Model(directories["qwen2_moe"], recipe(), CPU)
+    active = active_linears(model, 0)
+    assert "mlp.shared_expert.up_proj" in active
+    assert sum("experts." in path for path in active) == 3 * model.config.num_experts_per_tok
+
+
 PEAK_AND_ESTIMATE = r"""
 import json, re, sys
 from pathlib import Path
@@ -191,7 +221,7 @@ print(memory("VmHWM") - before, found)
 LONE_BLOCKS = {"epochs": 2, "window": 1, "stride": 1, "shallow": 0, "deep": 0}
 
 
-@pytest.mark.parametrize("settings", [LONE_BLOCKS, {"method": "rtn"}], ids=str)
+@pytest.mark.parametrize("settings", [LONE_BLOCKS, {"preset": "fast"}, {"method": "rtn"}], ids=str)
 def test_a_run_takes_the_memory_that_was_foreseen(tmp_path, settings):
     """Beyond the process itself, which is the larger part of small runs and hides what they do with theirs."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "head_dim": 128}
