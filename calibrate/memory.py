@@ -164,7 +164,7 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
     """Peak while all blocks are tuned end to end."""
     recipe, config = model.recipe, model.config
     logits = LOGITS * recipe.seqlen * config.vocab_size
-    states = 2 * recipe.nsamples * recipe.seqlen * config.hidden_size
+    states = 2 * most_samples(recipe) * recipe.seqlen * config.hidden_size
     outer = config.vocab_size * config.hidden_size + logits + states
     return window_bytes(model, shapes, checkpointing) + FP32 * outer
 
@@ -191,10 +191,14 @@ def longest_window(recipe: Recipe, blocks: int) -> int:
     return max((window.last - window.first + 1 for window in windows), default=1)
 
 
+def most_samples(recipe: Recipe) -> int:
+    """Samples of the rank that has the most, the first one; see ``parallel.Share``."""
+    return sum(number % recipe.batch_size % parallel.world() == 0 for number in range(recipe.nsamples))
+
+
 def stream_bytes(model: Model, recipe: Recipe) -> int:
     """Hidden states of one rank's samples."""
-    samples = -(-recipe.nsamples // parallel.world())
-    return STREAMS * STREAM_DTYPE.itemsize * samples * recipe.seqlen * model.config.hidden_size
+    return STREAMS * STREAM_DTYPE.itemsize * most_samples(recipe) * recipe.seqlen * model.config.hidden_size
 
 
 def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = False) -> Place:

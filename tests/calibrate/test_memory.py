@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import products, start
+from calibrate import parallel, products, start
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -26,6 +26,7 @@ from calibrate.memory import (
     finish_bytes,
     fit,
     learning_bytes,
+    most_samples,
     start_bytes,
     stream_bytes,
     tuning_bytes,
@@ -232,6 +233,18 @@ def test_a_run_takes_the_memory_that_was_foreseen(tmp_path, settings):
     assert process.returncode == 0, process.stderr
     taken, foreseen = map(int, process.stdout.split())
     assert foreseen / 1.2 < taken < foreseen * 1.3, (taken, foreseen)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "samples", "batch_size"), [(1, 128, 3), (8, 128, 3), (4, 10, 8), (8, 128, 16), (2, 1, 3)]
+)
+def test_no_rank_has_more_samples_than_are_counted(monkeypatch, ranks, samples, batch_size):
+    monkeypatch.setattr(parallel, "world", lambda: ranks)
+    found = []
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        found.append(len(parallel.Share(samples, batch_size).numbers))
+    assert most_samples(recipe(nsamples=samples, batch_size=batch_size)) == max(found) == found[0]
 
 
 def test_weights_that_learn_are_bf16_on_a_gpu_whatever_the_cpu_can(monkeypatch):
