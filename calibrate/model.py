@@ -22,6 +22,7 @@ from calibrate.experts import Part, name_pattern, split_experts
 from calibrate.layouts import FAMILIES, BlockLayout
 from calibrate.recipe import Recipe
 from calibrate.transforms import (
+    CHUNK,
     Rotation,
     equalize_pairs,
     fold_norm,
@@ -341,7 +342,9 @@ class Model:
         """Final norm and lm_head on the device: hidden states behind the last block -> fp32 [..., vocabulary]."""
         norm, weight = self.read(NORM), self.read(self._head_name)
         if self.recipe.rotate:
-            norm, weight = torch.ones_like(norm), self.stream.apply(fold_norm(norm, weight))
+            for rows in weight.split(max(CHUNK // weight.shape[1], 1)):  # as many as a rotation takes at a time
+                rows.copy_(self.stream.apply(fold_norm(norm, rows)))
+            norm = torch.ones_like(norm)
         return nn.Sequential(
             _materialise(self.skeleton.model.norm, {"weight": norm}),
             _materialise(self.skeleton.lm_head, {"weight": weight}),

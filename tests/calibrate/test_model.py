@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import calibrate.model
+from calibrate import transforms
 from calibrate.errors import UserError
 from calibrate.hub import resolve_model
-from calibrate.model import Model
+from calibrate.model import EMBEDDING, HEAD, NORM, Model
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import ActivationScheme, FormatError, WeightScheme
 from tests.calibrate.models import write_random_model
@@ -28,6 +30,25 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 96
 def make(directory, **recipe) -> Model:
     settings = {"weights": WeightScheme(4), "seqlen": 24} | recipe
     return Model(directory, Recipe(**settings), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with and without an odd factor in the hidden size
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_rotated_in_pieces_to_the_same_bits(tmp_path, monkeypatch, family, tied):
+    model = make(write_random_model(tmp_path / "model", family, tie_word_embeddings=tied), rotate=True)
+    found, fold = [], transforms.fold_norm
+    for module in (transforms, calibrate.model):
+        monkeypatch.setattr(module, "CHUNK", 20 * model.config.hidden_size)
+    whole = model.stream.apply(fold(model.read(NORM), model.read(EMBEDDING if tied else HEAD)))
+
+    def counted(norm, rows):
+        found.append(len(rows))
+        return fold(norm, rows)
+
+    monkeypatch.setattr(calibrate.model, "fold_norm", counted)
+    norm, head = model.head_module()
+    assert torch.equal(head.weight, whole) and torch.equal(norm.weight, torch.ones_like(norm.weight))
+    assert found == [20, 20, 20, 20, 16]
 
 
 @torch.no_grad()
