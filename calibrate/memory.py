@@ -172,8 +172,8 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
     held = 1 + recipe.has_offset
-    # Sums are float64 while samples are added; what a sample adds to one is there in fp32 and in float64.
-    forward = (held + 1) * shapes.weights + 2 * shapes.moments + 3 * shapes.moment + recipe.seqlen * shapes.per_token
+    # Sums are float64 while samples are added, each in fp32.
+    forward = (held + 1) * shapes.weights + 2 * shapes.moments + shapes.moment + recipe.seqlen * shapes.per_token
     factor = held * shapes.weights + shapes.moments + 4 * shapes.moment  # two in float64
     search = held * shapes.weights + shapes.moments + shapes.moment + 5 * shapes.largest
     return FP32 * max(forward, factor, search)

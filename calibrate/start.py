@@ -29,6 +29,7 @@ from calibrate.quantizer import fake_quantize_weight, weight_bounds, weight_grid
 from calibrate.recipe import Recipe
 from sliderquant_vllm.format import WeightScheme
 
+ADDED_ROWS = 512  # of a second moment, at a time
 SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 
 
@@ -50,7 +51,9 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        self.moment += products.gram(rows)
+        added = products.gram(rows)
+        for total, part in zip(self.moment.split(ADDED_ROWS), added.split(ADDED_ROWS), strict=True):
+            total += part  # all at once it would be copied to float64 first
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(0))
         self.tokens += len(rows)
