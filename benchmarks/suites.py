@@ -201,11 +201,10 @@ def estimate(settings: Settings, model_name: str) -> dict[str, dict[str, float]]
     """Block -> bits -> estimated KL of rounding the weights of that block alone, nats per token."""
     import torch
 
-    from calibrate.allocation import block_sensitivities, sensitivities
+    from calibrate.allocation import SENSITIVITY_TOKENS, block_sensitivities, sensitivities
     from calibrate.data import calibration_samples
     from calibrate.hub import resolve_model
     from calibrate.model import Model
-    from calibrate.pipeline import SENSITIVITY_TOKENS
 
     recipe = recipe_of(settings.flags(model_name, settings.schemes[0], "rtn"))
     model = Model(resolve_model(model_name), recipe, torch.device("cpu"))

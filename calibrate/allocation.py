@@ -27,6 +27,7 @@ from calibrate.model import Model
 from calibrate.quantizer import fake_quantize_weight, weight_bounds
 from sliderquant_vllm.format import FUSED_MODULES, WEIGHT_BITS, WeightScheme
 
+SENSITIVITY_TOKENS = 8192  # that a run measures with
 MAX_STEPS = 1 << 18  # of the budget in `allocate`, where each takes a byte per unit
 
 

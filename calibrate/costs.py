@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from calibrate.pipeline import SENSITIVITY_TOKENS, passes
+from calibrate.allocation import SENSITIVITY_TOKENS
+from calibrate.pipeline import passes
 from calibrate.recipe import Recipe
 
 COLLECTING, CORRECTING = 4, 2  # passes over the samples for initial values, and for D2Quant's shift

@@ -16,7 +16,7 @@ from calibrate import parallel
 from calibrate.activations import Place
 from calibrate.blocks import CalibrationBlock, run_in_place, run_through
 from calibrate.errors import UserError
-from calibrate.memory import host_memory, learning_bytes
+from calibrate.memory import Shapes, host_memory, tuning_bytes
 from calibrate.model import Model
 from calibrate.parallel import Share
 from calibrate.products import rough_gradients
@@ -31,11 +31,10 @@ KEEP_SECONDS, KEEP_SHARE = 60.0, 0.05
 TUNING = "tuning"  # its name in the store
 
 
-def check_memory(model: Model) -> None:
+def check_memory(model: Model, checkpointing: bool) -> None:
     """Refuse, before any work, a model whose blocks do not fit together. Raises UserError with what would."""
-    state = model.skeleton.state_dict()
-    weights = sum(value.numel() for name, value in state.items() if name.startswith("model.layers."))
-    needed = learning_bytes(model) * weights
+    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
+    needed = tuning_bytes(model, shapes, checkpointing)
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
     else:
@@ -43,7 +42,7 @@ def check_memory(model: Model) -> None:
     if needed > available:
         raise UserError(
             f"--end_to_end_epochs {model.recipe.end_to_end_epochs}: keeps all {model.blocks} blocks in memory, about "
-            f"{needed / 1e9:.0f} GB; {model.device} has {available / 1e9:.0f} GB left; set it to 0, or choose "
+            f"{needed / 1e9:.2f} GB; {model.device} has {available / 1e9:.2f} GB left; set it to 0, or choose "
             "--preset default"
         )
 

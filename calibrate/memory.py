@@ -9,11 +9,13 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from calibrate import parallel, products
 from calibrate.activations import Place
+from calibrate.allocation import SENSITIVITY_TOKENS
 from calibrate.errors import UserError
 from calibrate.model import OUTER_ROWS, Model
 from calibrate.recipe import Recipe
@@ -169,6 +171,17 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
     return window_bytes(model, shapes, checkpointing) + FP32 * outer
 
 
+def sensitivity_bytes(model: Model, shapes: list[Shapes]) -> tuple[int, int]:
+    """Peak while bits are chosen by sensitivity: what the host keeps of every block, and the work on the device."""
+    recipe, config = model.recipe, model.config
+    samples = min(recipe.nsamples, max(SENSITIVITY_TOKENS // recipe.seqlen, 1))
+    states = samples * recipe.seqlen * config.hidden_size  # behind one block
+    head = config.vocab_size * (config.hidden_size + LOGITS * recipe.seqlen)
+    tokens = min(recipe.batch_size, samples) * recipe.seqlen
+    block = max(2 * each.weights + 2 * each.largest + tokens * each.per_token for each in shapes)
+    return FP32 * (len(shapes) + 1) * states, FP32 * (max(head, block) + STREAMS * states)
+
+
 def start_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Peak while a block gets its initial values: of its forward pass, of GPTQ's factor, and of the search."""
     held = 1 + recipe.has_offset
@@ -210,7 +223,7 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
         checkpointing: as ``Place`` says, even where there is enough memory without.
 
     Raises:
-        UserError: not even one block fits.
+        UserError: not even one block fits, or something else that takes memory does not.
     """
     recipe = model.recipe
     on_gpu = model.device.type == "cuda"
@@ -246,24 +259,60 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
         kind = "device"
     else:
         kind = "host" if on_gpu and streams <= budget.host - PROCESS else "disk"
-    return Place(model.device, kind, directory if kind == "disk" else None, STREAM_DTYPE, recomputes)
+    place = Place(model.device, kind, directory if kind == "disk" else None, STREAM_DTYPE, recomputes)
+    for part in _parts(model, place):
+        part.check(budget)
+    return place
+
+
+class Part(NamedTuple):
+    """Of a run: what it is, what the process takes at its peak, and what else but memory would mend that."""
+
+    what: str
+    peak: Budget
+    remedy: str
+
+    def check(self, budget: Budget) -> None:
+        """Raises UserError where it does not fit."""
+        of_host, of_device = (self.peak.host, budget.host), (self.peak.device, budget.device)
+        for flag, (needed, allowed) in {"--max-host-memory": of_host, "--max-gpu-memory": of_device}.items():
+            if needed > allowed:
+                raise UserError(
+                    f"{flag}: {allowed / 1e9:.2f} GB are too little for {self.what}, which takes about "
+                    f"{needed / 1e9:.2f} GB; {self.remedy}allow more"
+                )
+
+
+def _parts(model: Model, place: Place) -> list[Part]:
+    """Those that one after the other take memory, with the hidden states in this place, after ``fit``."""
+    recipe, found = model.recipe, []
+
+    def add(what: str, work: int, host: int = 0, remedy: str = "") -> None:
+        peak = Budget(PROCESS + host, work) if model.device.type == "cuda" else Budget(PROCESS + host + work, 0)
+        found.append(Part(what, peak, remedy))
+
+    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
+    if recipe.average_bits is not None:
+        states, work = sensitivity_bytes(model, shapes)
+        add("--average_bits", work, states, "leave it out, lower --seqlen, or ")
+    needed = _peak(model, shapes, longest_window(recipe, model.blocks), place.checkpointing)
+    streams = stream_bytes(model, recipe)
+    add("its blocks", needed + streams * (place.kind == "device"), streams * (place.kind == "host"))
+    if recipe.tunes:
+        remedy = "set it to 0, choose --preset default, or "
+        what = f"--end_to_end_epochs {recipe.end_to_end_epochs}, with all {model.blocks} blocks at once"
+        add(what, tuning_bytes(model, shapes, place.checkpointing), remedy=remedy)
+    hidden, rows = model.config.hidden_size, min(model.config.vocab_size, OUTER_ROWS)
+    # Itself, as it is written, and a piece.
+    outer = 2 * model.dtype.itemsize * model.config.vocab_size * hidden + ROTATED * rows * hidden
+    add("embedding and head", 0, outer)
+    return found
 
 
 def expected(model: Model, place: Place) -> Budget:
     """What a run takes at its peak with the hidden states in this place, after ``fit``."""
-    recipe, hidden = model.recipe, model.config.hidden_size
-    vocabulary = model.config.vocab_size * hidden
-    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
-    needed = _peak(model, shapes, longest_window(recipe, model.blocks), place.checkpointing)
-    streams = stream_bytes(model, recipe)
-    work = needed + streams * (place.kind == "device")
-    if recipe.tunes:
-        work = max(work, tuning_bytes(model, shapes, place.checkpointing))
-    rows = min(model.config.vocab_size, OUTER_ROWS)
-    outer = 2 * model.dtype.itemsize * vocabulary + ROTATED * rows * hidden  # itself, as it is written, and a piece
-    if model.device.type == "cuda":
-        return Budget(PROCESS + max(streams * (place.kind == "host"), outer), work)
-    return Budget(PROCESS + max(work, outer), 0)
+    peaks = [part.peak for part in _parts(model, place)]
+    return Budget(max(peak.host for peak in peaks), max(peak.device for peak in peaks))
 
 
 def _peak(model: Model, shapes: list[Shapes], size: int, checkpointing: bool) -> int:

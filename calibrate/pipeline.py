@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibrate import parallel
 from calibrate.activations import Activations, Place
-from calibrate.allocation import allocate, sensitivities
+from calibrate.allocation import SENSITIVITY_TOKENS, allocate, sensitivities
 from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import TUNING, check_memory, tune
 from calibrate.experts import counting
@@ -21,8 +21,6 @@ from calibrate.reconstruct import WindowResult, reconstruct
 from calibrate.start import start_block
 from calibrate.store import State, Store
 from calibrate.windows import Window
-
-SENSITIVITY_TOKENS = 8192
 
 
 class Progress(Protocol):
@@ -233,7 +231,7 @@ def calibrate(
     calibrated = Calibrated(store or Store())
     store, place = calibrated.store, place or Place(model.device, dtype=torch.bfloat16)
     if recipe.tunes:
-        check_memory(model)
+        check_memory(model, place.checkpointing)
     sweeps = passes(recipe, model.blocks)
     total = sum(bool(each.epochs) for sweep in sweeps for each in sweep)
     batches = -(-len(samples) // recipe.batch_size)

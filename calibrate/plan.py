@@ -164,7 +164,7 @@ class Plan:
     """What was found out; what a problem kept from being known is empty.
 
     Attributes:
-        needs: resource -> bytes that a run takes at its peak, and bytes that there are.
+        needs: resource -> bytes that a run takes at its peak, and bytes that it may take.
         phases: part of a run -> seconds.
     """
 
@@ -210,10 +210,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     with plan.noting():
         budget = Budget.of(device, arguments.max_host_memory, arguments.max_gpu_memory)
         place = fit(model, budget, arguments.output_dir.resolve().parent, arguments.activation_checkpointing)
-        _compare_needs(plan, place, arguments.output_dir.resolve())
+        _compare_needs(plan, place, budget, arguments.output_dir.resolve())
     with plan.noting():
-        if model.recipe.tunes:
-            check_memory(model)
+        if place and model.recipe.tunes:
+            check_memory(model, place.checkpointing)
     evaluated = _check_texts(plan, arguments.eval_dataset)
     if place and not misfits:
         stream = stream_bytes(model, model.recipe) // STREAMS
@@ -224,17 +224,18 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return plan
 
 
-def _compare_needs(plan: Plan, place: Place, output: Path) -> None:
-    """What a run takes, beside what the machine has."""
+def _compare_needs(plan: Plan, place: Place, budget: Budget, output: Path) -> None:
+    """What a run takes, beside what it may take and the machine has."""
     model, peak = plan.model, expected(plan.model, place)
     exists = next(parent for parent in output.parents if parent.exists())
     unfinished = partial_directory(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     less = "lower --max-host-memory, --seqlen or --nsamples"
-    found = [("host memory", peak.host, host_memory("MemTotal"), less)]
+    found = [("host memory", peak.host, min(budget.host, host_memory("MemTotal")), less)]
     if model.device.type == "cuda":
         less = "lower --max-gpu-memory, --seqlen or --nsamples"
-        found.append(("GPU memory", peak.device, torch.cuda.mem_get_info(model.device)[1], less))
+        there = min(budget.device, torch.cuda.mem_get_info(model.device)[1])
+        found.append(("GPU memory", peak.device, there, less))
     disk = plan.checkpoint + run_bytes(model, place, plan.linears)
     less = "free some space, or choose another --output-dir"
     found.append((f"disk of {exists}", disk, shutil.disk_usage(exists).free + written, less))
@@ -299,7 +300,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(text, soft_wrap=True)
     console.print(f"checkpoint: {decimal(plan.checkpoint)}")
     if plan.needs:
-        table = _table(console, "at its peak", "a run takes", "there is")
+        table = _table(console, "at its peak", "a run takes", "it may take")
         for what, sizes in plan.needs.items():
             table.add_row(what, *map(decimal, sizes))
         console.print(table)

@@ -7,6 +7,7 @@ import torch
 from calibrate import end_to_end
 from calibrate.end_to_end import check_memory, divergence, tune
 from calibrate.errors import UserError
+from calibrate.memory import Shapes, tuning_bytes
 from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import calibrate
@@ -77,12 +78,13 @@ def test_a_tuning_that_dies_goes_on_behind_the_last_step_it_kept(tmp_path, monke
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "learning_bytes", lambda model: 10**9 if model.recipe.learn_rounding else 1)
+    whole = tuning_bytes(model := small_model(tmp_path), [Shapes.of(model, index) for index in range(3)], False)
+    monkeypatch.setattr(end_to_end, "host_memory", lambda kind: whole - 1)
     progress = Losses()
-    with pytest.raises(UserError, match=r"keeps all 3 blocks in memory, about \d+ GB; cpu has .*set it to 0"):
-        calibrate(small_model(tmp_path), SAMPLES, progress)
+    with pytest.raises(UserError, match=r"keeps all 3 blocks in memory, about [\d.]+ GB; cpu has .*set it to 0"):
+        calibrate(model, SAMPLES, progress)
     assert not progress.windows
-    check_memory(small_model(tmp_path / "again", learn_rounding=False))
+    check_memory(model, checkpointing=True)
 
 
 def test_recentring_keeps_every_code_and_leaves_no_weight_at_an_edge(tmp_path):

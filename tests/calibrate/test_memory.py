@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import parallel, products, start
+from calibrate import allocation, parallel, products, start
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -27,13 +27,14 @@ from calibrate.memory import (
     fit,
     learning_bytes,
     most_samples,
+    sensitivity_bytes,
     start_bytes,
     stream_bytes,
     tuning_bytes,
     window_bytes,
 )
 from calibrate.methods import compose
-from calibrate.model import Model
+from calibrate.model import OUTER_ROWS, Model
 from calibrate.pipeline import calibrate
 from calibrate.start import InputStatistics, collect
 from sliderquant_vllm.format import ActivationScheme, WeightScheme
@@ -193,7 +194,7 @@ import torch
 from calibrate.export import Writer
 from calibrate.memory import PROCESS, Budget, expected, fit, return_freed_memory
 from calibrate.methods import compose
-from calibrate.model import Model
+from calibrate.model import OUTER_ROWS, Model
 from calibrate.pipeline import calibrate
 from calibrate.store import run_directory
 from sliderquant_vllm.format import WeightScheme
@@ -263,3 +264,39 @@ def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             place = fit(model, Budget(PROCESS + limit, 0), tmp_path)
         assert place.checkpointing == (limit < whole)
+
+
+@pytest.mark.parametrize("chosen", [{"end_to_end_epochs": 1}, {"average_bits": 4.0}, {}], ids=str)
+def test_what_does_not_fit_is_refused_before_any_work(directories, tmp_path, chosen):
+    """Bytes needed, and allowed, and what to do."""
+    model = Model(directories["llama"], recipe(seqlen=2048, **chosen), CPU)
+    shapes = [Shapes.of(model, index) for index in range(model.blocks)]
+    if "average_bits" in chosen:
+        needed, match = sum(sensitivity_bytes(model, shapes)), "--average_bits, which takes about .* leave it out"
+    elif chosen:
+        needed = tuning_bytes(model, shapes, checkpointing=True)
+        match = "--end_to_end_epochs 1, with all 3 blocks at once, which takes about .* set it to 0.* or allow more"
+    else:
+        model.config.vocab_size = 10**6
+        needed, match = (
+            20 * OUTER_ROWS * 96 + 4 * 10**6 * 96,
+            "embedding and head, which takes about .*; allow more",
+        )
+    fit(model, Budget(PROCESS + needed, 0), tmp_path)
+    with pytest.raises(UserError, match=f"--max-host-memory: .* GB are too little for {match}"):
+        fit(model, Budget(PROCESS + needed - 1, 0), tmp_path)
+
+
+def test_sensitivities_keep_the_states_before_every_block_on_the_host(directories, monkeypatch):
+    model = Model(directories["llama"], recipe(average_bits=4.0), CPU)
+    found, trajectory = [], allocation._trajectory
+
+    def counted(*args):
+        found.extend(trajectory(*args))
+        return found.copy()
+
+    monkeypatch.setattr(allocation, "_trajectory", counted)
+    calibrate(model, SAMPLES, Losses())
+    assert sensitivity_bytes(model, [Shapes.of(model, index) for index in range(3)])[0] == sum(
+        state.nbytes for state in found
+    )

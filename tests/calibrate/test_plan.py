@@ -17,12 +17,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cells import Silent
-from calibrate import end_to_end, pipeline, probe
+from calibrate import end_to_end, memory, pipeline, probe
 from calibrate.activations import Place
 from calibrate.cli import main, parse_arguments, recipe_from
 from calibrate.costs import Costs, Counts, Sizes, counts, phases
 from calibrate.layouts import FAMILIES
-from calibrate.memory import host_memory
+from calibrate.memory import Budget, host_memory
 from calibrate.model import Model
 from calibrate.plan import (
     RANKS,
@@ -330,7 +330,18 @@ def test_ranges_and_durations():
     assert [duration(each) for each in (0.34, 41, 75, 3700)] == ["0.3 s", "41 s", "1 min 15 s", "1 h 1 min"]
 
 
-def test_memory_of_the_machine_is_what_there_is(argv, roughly):
-    assert make_plan(parse_arguments([*argv, "--w4a16", "--preset", "fast"])).needs["host memory"][1] == host_memory(
-        "MemTotal"
-    )
+def test_memory_is_compared_with_what_a_run_may_take(argv, roughly):
+    fast, more = [*argv, "--w4a16", "--preset", "fast"], 10 * host_memory("MemTotal")
+    for flags, allowed in (
+        ([], Budget.of(CPU, None, None).host),
+        (["--max-host-memory", "1GB"], 10**9),
+        (["--max-host-memory", f"{more}"], host_memory("MemTotal")),
+    ):
+        assert make_plan(parse_arguments([*fast, *flags])).needs["host memory"][1] == allowed
+
+
+def test_a_tuning_beyond_what_it_may_take_is_a_problem(argv, roughly, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "tuning_bytes", lambda *_, **__: 10**9)
+    flags = ["--w2a16", "--preset", "best", "--seqlen", "32", "--nsamples", "4", "--max-host-memory", "1GB"]
+    assert main([*argv, *flags, "--dry-run"]) == 2
+    assert "--end_to_end_epochs 3, with all 3 blocks at once, which takes about 1.51 GB" in capsys.readouterr().err
