@@ -288,6 +288,7 @@ def calibrate(
         if is_last:
             for index, block in enumerate(sweep.blocks, sweep.first):
                 leave(index, block)
+        del sweep  # what comes next needs the memory of its blocks and hidden states
     if recipe.tunes and not at.tuned:
 
         def commit(steps: int, tuned: bool = False) -> None:

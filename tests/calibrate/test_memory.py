@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import allocation, parallel, products, start
+from calibrate import allocation, parallel, pipeline, products, start
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -300,3 +300,25 @@ def test_sensitivities_keep_the_states_before_every_block_on_the_host(directorie
     assert sensitivity_bytes(model, [Shapes.of(model, index) for index in range(3)])[0] == sum(
         state.nbytes for state in found
     )
+
+
+def test_a_sweep_is_let_go_before_what_comes_next(directories, monkeypatch):
+    """Hidden states and blocks of the windows, while all blocks are tuned."""
+    model = Model(directories["llama"], recipe(end_to_end_epochs=1, stages=(0.5, 1.0)), CPU)
+    sweeps, alive = weakref.WeakSet(), []
+
+    class Sweep(pipeline._Sweep):
+        def __init__(self, *args):
+            alive.append(len(sweeps))
+            super().__init__(*args)
+            sweeps.add(self)
+
+    tune = pipeline.tune
+    monkeypatch.setattr(pipeline, "_Sweep", Sweep)
+    monkeypatch.setattr(pipeline, "tune", lambda *args: (alive.append(len(sweeps)), tune(*args)))
+    gc.disable()
+    try:
+        calibrate(model, SAMPLES, Losses())
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
