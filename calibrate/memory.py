@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from calibrate.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADROOM = 0.9  # share of the machine that a run without a given budget takes
 PROCESS = 510 * 10**6  # Python, torch, transformers, a tokenizer and its text
@@ -58,14 +61,43 @@ def parse_size(text: str) -> int:
 
 
 def host_memory(kind: str) -> int:
-    """Bytes of the machine: "MemTotal", or "MemAvailable", which a new process could take without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+    """Bytes of the machine, or of the control groups that this process may not leave, where that is less.
+
+    "MemTotal", or "MemAvailable", which a new process could take without swapping.
+    """
+    lines = (PROC / "meminfo").read_text().splitlines()
+    found = [1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))]
+    found += [limit - (kind == "MemAvailable") * used for limit, used in _control_groups()]
+    return max(min(found), 0)
+
+
+def _control_groups() -> Iterator[tuple[int, int]]:
+    """Limit and use of memory, bytes, of every control group of this process that limits it, of version 1 or 2.
+
+    A container's own group is at the top of what it sees, whatever its path is called outside. Used is what could not
+    be freed by dropping files.
+    """
+    with suppress(OSError):
+        for line in (PROC / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                top, limit, use, prefix = GROUPS, "memory.max", "memory.current", ""
+            elif "memory" in controllers.split(","):
+                top, limit, use, prefix = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            else:
+                continue
+            group = top / path.lstrip("/")
+            for folder in (each for each in (group, *group.parents) if each.is_relative_to(top)):
+                with suppress(OSError, ValueError):  # no such group, or "max"
+                    allowed, used = (int((folder / name).read_text()) for name in (limit, use))
+                    parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    files = (int(parts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                    yield allowed, max(used - sum(files), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that a run may take: of the host, all of the process, and of the GPU."""
+    """Bytes that a process may take: of the host, all of it, and of its GPU."""
 
     host: int
     device: int
@@ -74,11 +106,12 @@ class Budget:
     def of(cls, device: torch.device, host: str | None, gpu: str | None) -> Budget:
         """What was asked for, or most of what the machine has, busy or not: a run that goes on must decide the same.
 
-        Raises UserError.
+        Ranks on one machine share that. Raises UserError.
         """
         try:
             flag = "--max-host-memory"
-            host_bytes = parse_size(host) if host else int(HEADROOM * host_memory("MemTotal"))
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+            host_bytes = parse_size(host) if host else int(HEADROOM * host_memory("MemTotal") / ranks)
             flag = "--max-gpu-memory"
             if gpu and device.type != "cuda":
                 raise UserError(f"there is no GPU in use, {device} was chosen; leave it out")

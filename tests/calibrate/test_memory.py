@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from calibrate import allocation, parallel, pipeline, products, start
+from calibrate import allocation, memory, parallel, pipeline, products, start
 from calibrate.activations import Place
 from calibrate.blocks import run_through
 from calibrate.errors import UserError
@@ -25,6 +25,7 @@ from calibrate.memory import (
     expected,
     finish_bytes,
     fit,
+    host_memory,
     learning_bytes,
     most_samples,
     sensitivity_bytes,
@@ -264,6 +265,49 @@ def test_tuning_all_blocks_counts(directories, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             place = fit(model, Budget(PROCESS + limit, 0), tmp_path)
         assert place.checkpointing == (limit < whole)
+
+
+FREE = {"total": 8 << 30, "available": 6 << 30}
+NEW, OLD = (
+    ("memory.max", "memory.current", ""),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "group", "names", "limit", "expected"),
+    [
+        ("0::/", "", NEW, "max", FREE),
+        ("0::/", "", NEW, 4 << 30, {"total": 4 << 30, "available": 2 << 30}),
+        ("0::/a/b", "a", NEW, 4 << 30, {"total": 4 << 30, "available": 2 << 30}),
+        ("0::/outside", "", NEW, 1 << 30, {"total": 1 << 30, "available": 0}),
+        ("0::/a", "b", NEW, 4 << 30, FREE),
+        ("4:memory:/docker/1", "", OLD, 4 << 30, {"total": 4 << 30, "available": 2 << 30}),
+        ("4:cpu,memory:/a", "", OLD, 9223372036854771712, FREE),
+        ("4:cpu:/", "", OLD, 4 << 30, FREE),
+    ],
+)
+def test_memory_is_what_control_groups_leave_of_the_machine(tmp_path, monkeypatch, line, group, names, limit, expected):
+    """With 3 GiB in use, of which 1 GiB are files."""
+    for name in ("PROC", "GROUPS"):
+        monkeypatch.setattr(memory, name, tmp_path / name)
+    (tmp_path / "PROC" / "self").mkdir(parents=True)
+    (tmp_path / "PROC" / "meminfo").write_text(f"MemTotal: {8 << 20} kB\nMemFree: 1 kB\nMemAvailable: {6 << 20} kB\n")
+    (tmp_path / "PROC" / "self" / "cgroup").write_text(f"9:pids:/x\n{line}\n")
+    top, prefix = tmp_path / "GROUPS" / group, names[2]
+    (top / names[0]).parent.mkdir(parents=True)
+    (top / names[0]).write_text(f"{limit}\n")
+    (top / names[1]).write_text(f"{3 << 30}\n")
+    files = f"{prefix}active_file {1 << 29}\n{prefix}inactive_file {1 << 29}\nanon 7\n"
+    ((top / names[0]).parent / "memory.stat").write_text(files)
+    assert {kind: host_memory(f"Mem{kind.title()}") for kind in FREE} == expected
+
+
+def test_ranks_on_one_machine_share_its_memory(monkeypatch):
+    whole = Budget.of(CPU, None, None).host
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Budget.of(CPU, None, None).host == whole // 4
+    assert Budget.of(CPU, "2GB", None).host == 2 * 10**9, "as it was asked for"
 
 
 @pytest.mark.parametrize("chosen", [{"end_to_end_epochs": 1}, {"average_bits": 4.0}, {}], ids=str)
