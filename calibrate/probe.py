@@ -6,7 +6,9 @@ import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import starmap
 from pathlib import Path
@@ -28,6 +30,7 @@ from calibrate.model import Model
 from calibrate.parallel import Gradients
 from calibrate.products import rough_gradients
 from calibrate.quantizer import weight_bounds
+from calibrate.recipe import Recipe
 from calibrate.reconstruct import backward, parameter_groups, take_step
 from calibrate.start import SHRINKS, InputStatistics, search_bounds
 from sliderquant_vllm.format import BLOCK_CODES, WeightScheme
@@ -56,7 +59,7 @@ class _Bench:
         self.model, self.recipe, self.directory = model, model.recipe, directory
         self.checkpointing = checkpointing
         self.index = usual_block(model)
-        self.probe = Model(_write_probe(model, self.index, directory), model.recipe, model.device)
+        self.probe = Model(_write_probe(model, self.index, directory), _recipe_of(model, self.index), model.device)
         active = [_numel(each, at, active_linears(each, at)) for each, at in ((model, self.index), (self.probe, 0))]
         whole = [_numel(each, at, each.layouts[at].linears) for each, at in ((model, self.index), (self.probe, 0))]
         self.active, self.per_token, self.per_weight = active[0], active[0] / active[1], whole[0] / whole[1]
@@ -228,9 +231,20 @@ def line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, fl
 
 
 def usual_block(model: Model) -> int:
-    """The first block of the most frequent kind."""
-    kinds = [str(layout) for layout in model.layouts]
-    return kinds.index(max(kinds, key=kinds.count))
+    """The first block of the most frequent kind: of one layout, and with the same linears quantized."""
+    kinds = [(layout, _plain(model, index)) for index, layout in enumerate(model.layouts)]
+    return kinds.index(Counter(kinds).most_common(1)[0][0])
+
+
+def _plain(model: Model, index: int) -> tuple[str, ...]:
+    """The linears of a block that stay in 16 bits."""
+    config = model.quantization_config()
+    return tuple(path for path in model.layouts[index].linears if not config.scheme_for(f"model.layers.{index}.{path}"))
+
+
+def _recipe_of(model: Model, index: int) -> Recipe:
+    """A model's recipe, for one whose only block is to be quantized like this one."""
+    return replace(model.recipe, ignore=("lm_head", *(f"model.layers.0.{path}" for path in _plain(model, index))))
 
 
 def _shape(model: Model, index: int, path: str) -> torch.Size:

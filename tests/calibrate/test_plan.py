@@ -345,3 +345,12 @@ def test_a_tuning_beyond_what_it_may_take_is_a_problem(argv, roughly, monkeypatc
     flags = ["--w2a16", "--preset", "best", "--seqlen", "32", "--nsamples", "4", "--max-host-memory", "1GB"]
     assert main([*argv, *flags, "--dry-run"]) == 2
     assert "--end_to_end_epochs 3, with all 3 blocks at once, which takes about 1.51 GB" in capsys.readouterr().err
+
+
+def test_a_block_that_is_ignored_is_not_the_one_that_is_timed(source, tmp_path, roughly):
+    first = r"re:model\.layers\.0\..*"
+    flags = ["--model", "x", "--w4a16", "--preset", "fast", "--nsamples", "2", "--seqlen", "8"]
+    recipe = recipe_from(parse_arguments([*flags, "--ignore", first, "re:.*o_proj"]))
+    model = Model(source, recipe, CPU)
+    bench = probe._Bench(model, tmp_path, checkpointing=False)
+    assert bench.index == 1 and bench.probe.schemes(0) == model.schemes(1)
