@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -220,14 +221,29 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         sizes = Sizes(model.blocks, outer_values(model), stream, plan.checkpoint, evaluated)
         plan.phases["checking and tokenizing"] = time.monotonic() - started
         with plan.noting():
-            plan.phases |= phases(measure(model, place.checkpointing), model.recipe, sizes)
+            costs = measure(model, place.checkpointing, _timed_in(plan, arguments.output_dir.resolve()))
+            plan.phases |= phases(costs, model.recipe, sizes)
     return plan
+
+
+def _existing(output: Path) -> Path:
+    """The directory, perhaps some levels up, that an output would be made in."""
+    return next(parent for parent in output.parents if parent.exists())
+
+
+def _timed_in(plan: Plan, output: Path) -> Path | None:
+    """Where writing is timed: beside the output, or where temporary files go."""
+    directory = _existing(output)
+    if directory.is_dir() and os.access(directory, os.W_OK | os.X_OK):
+        return directory
+    plan.notes.append(f"{directory} cannot be written to: the time for writing is that of {tempfile.gettempdir()}")
+    return None
 
 
 def _compare_needs(plan: Plan, place: Place, budget: Budget, output: Path) -> None:
     """What a run takes, beside what it may take and the machine has."""
     model, peak = plan.model, expected(plan.model, place)
-    exists = next(parent for parent in output.parents if parent.exists())
+    exists = _existing(output)
     unfinished = partial_directory(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     less = "lower --max-host-memory, --seqlen or --nsamples"

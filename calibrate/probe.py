@@ -46,9 +46,13 @@ SHORT, FEWEST, CONTEXT = 128, 192, 512  # tokens
 ROWS = 2048  # of the embedding
 
 
-def measure(model: Model, checkpointing: bool) -> Costs:
-    """Time the units on random data, on the model's device; takes seconds and reads no weights of the model."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+def measure(model: Model, checkpointing: bool, directory: Path | None = None) -> Costs:
+    """Time the units on random data, on the model's device; takes seconds and reads no weights of the model.
+
+    Args:
+        directory: on the file system that a run would write to; nothing is left there. By default that of the system.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as folder, torch.no_grad():
         return _Bench(model, Path(folder), checkpointing).costs()
 
 

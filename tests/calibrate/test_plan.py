@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -354,3 +356,22 @@ def test_a_block_that_is_ignored_is_not_the_one_that_is_timed(source, tmp_path, 
     model = Model(source, recipe, CPU)
     bench = probe._Bench(model, tmp_path, checkpointing=False)
     assert bench.index == 1 and bench.probe.schemes(0) == model.schemes(1)
+
+
+def test_writing_is_timed_where_the_output_goes(tmp_path, argv, roughly, monkeypatch):
+    """Or, said clearly, elsewhere."""
+    folders, write = set(), probe.write_shard
+
+    def written(path, tensors):
+        folders.add(path.parent.parent)
+        write(path, tensors)
+
+    monkeypatch.setattr(probe, "write_shard", written)
+    flags = [*argv, "--w4a16", "--preset", "fast", "--output-dir"]
+    plan = make_plan(parse_arguments([*flags, str(tmp_path / "new" / "out")]))
+    assert folders == {tmp_path} and not plan.notes
+    folders.clear()
+    (file := tmp_path / "file").touch()
+    plan = make_plan(parse_arguments([*flags, str(file / "out")]))
+    assert folders == {Path(tempfile.gettempdir())}
+    assert f"{file} cannot be written to: the time for writing is that of {tempfile.gettempdir()}" in plan.notes
