@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cells import Silent
@@ -375,3 +376,27 @@ def test_writing_is_timed_where_the_output_goes(tmp_path, argv, roughly, monkeyp
     plan = make_plan(parse_arguments([*flags, str(file / "out")]))
     assert folders == {Path(tempfile.gettempdir())}
     assert f"{file} cannot be written to: the time for writing is that of {tempfile.gettempdir()}" in plan.notes
+
+
+def test_attention_of_long_samples_is_computed_again_too(source, roughly, tmp_path, monkeypatch):
+    flags = ["--model", "x", "--w4a16", "--epochs", "1", "--nsamples", "2", "--seqlen", "8"]
+    model, calls = Model(source, recipe_from(parse_arguments(flags)), CPU), {}
+    attend = functional.scaled_dot_product_attention
+
+    def counted(*args, **settings):
+        calls[checkpointing] += 1
+        return attend(*args, **settings)
+
+    def per_sample(run, attention):
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
+        with torch.enable_grad():
+            attention(torch.randn(1, 2, 8, 4))
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+        return 1.0
+
+    for checkpointing in (False, True):
+        calls[checkpointing] = 0
+        bench = probe._Bench(model, tmp_path, checkpointing)
+        monkeypatch.setattr(bench, "per_sample", per_sample)
+        bench.learning(bench.probe.block(0))
+    assert calls == {False: 1, True: 2}
