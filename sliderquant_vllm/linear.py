@@ -192,7 +192,7 @@ class SliderQuantLinearMethod(LinearMethodBase):
             layer.register_parameter(name, parameter)
         # A bias that vLLM adds itself, elsewhere, keeps the dtype of the model.
         if getattr(layer, "bias", None) is not None and not layer.skip_bias_add:
-            layer.bias = torch.nn.Parameter(layer.bias.data.float(), requires_grad=False)
+            layer.bias.data = layer.bias.data.float()  # the same parameter: vLLM loads anew by its attributes
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
         """vLLM does not ask whether a quantized layer got all its tensors."""

@@ -170,14 +170,15 @@ def qkv_layer(scheme: WeightScheme, bias: bool = False, linears: dict[str, Linea
 
 
 def load(layer, scheme: WeightScheme, without: tuple[str, str] | None = None, change=lambda tensors: None):
-    """Give a layer what a checkpoint holds, as vLLM does; returns the dequantized weight, the added bias last."""
+    """Give a layer what a checkpoint holds, as vLLM does; returns the dequantized weight, its bias of any kind last."""
     dense = []
     for part, rows in (("q", 64), ("k", 32), ("v", 32)):
         codes, scale, zero_point = round_to_nearest(torch.randn(rows, 64), scheme)
-        tensors = pack_linear(codes, scale, zero_point, scheme) | {"added_bias": torch.randn(rows)}
-        if not hasattr(layer, "added_bias"):
-            tensors["added_bias"].zero_()
-        dense.append(torch.cat((dequantize(codes, scale, zero_point, scheme), tensors["added_bias"][:, None]), 1))
+        tensors = pack_linear(codes, scale, zero_point, scheme)
+        biases = {name: torch.randn(rows) for name in ("bias", "added_bias") if getattr(layer, name, None) is not None}
+        bias = sum(biases.values(), torch.zeros(rows))
+        dense.append(torch.cat((dequantize(codes, scale, zero_point, scheme), bias[:, None]), 1))
+        tensors |= biases
         change(tensors)
         for name, tensor in tensors.items():
             if (part, name) != without and hasattr(layer, name):
@@ -296,8 +297,9 @@ def test_random_weights_need_no_checkpoint(single_rank):
         (WeightScheme(4), {}),
         (WeightScheme(4, symmetric=True), {}),
         (WeightScheme(4), {"added_bias": ("re:.*",), "activations": ActivationScheme(8)}),
+        (WeightScheme(4), {"bias": True}),
     ],
-    ids=["asymmetric", "symmetric", "added bias"],
+    ids=["asymmetric", "symmetric", "added bias", "bias"],
 )
 def test_weights_can_be_loaded_anew(single_rank, scheme, fields):
     from vllm.model_executor.model_loader.reload import (
@@ -316,4 +318,4 @@ def test_weights_can_be_loaded_anew(single_rank, scheme, fields):
     finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
     assert layer.weight_packed is served
     x = torch.randn(5, 64).to(torch.bfloat16)
-    assert relative_error(layer.quant_method.apply(layer, x), with_ones(x) @ dense.T) < 1e-2
+    assert relative_error(layer.quant_method.apply(layer, x, layer.bias), with_ones(x) @ dense.T) < 1e-2
