@@ -32,7 +32,8 @@ ALL_PARTS = None  # how vLLM's loaders name a tensor that is not one part of a f
 def recording(loader: MethodType) -> MethodType:
     """The weight loader of a layer, which adds to ``param.loaded_parts`` what it was called for.
 
-    A method as before: vLLM takes the layer out of its parameters' methods where it must not keep it alive.
+    Not where a parameter has no memory: vLLM keeps such ones from load to load. A method as before: vLLM takes the
+    layer out of its parameters' methods where it must not keep it alive.
     """
     load = loader.__func__
 
@@ -40,7 +41,8 @@ def recording(loader: MethodType) -> MethodType:
     def load_and_record(layer, param, loaded_weight, *args, **kwargs):
         result = load(layer, param, loaded_weight, *args, **kwargs)
         part = next(iter((*args, *kwargs.values())), ALL_PARTS)
-        param.loaded_parts |= set(part if isinstance(part, tuple) else (part,))
+        if not param.is_meta:
+            param.loaded_parts |= set(part if isinstance(part, tuple) else (part,))
         return result
 
     return MethodType(load_and_record, loader.__self__)
@@ -158,10 +160,10 @@ class SliderQuantLinearMethod(LinearMethodBase):
         shape.weight_loader_numel = 2 * len(output_partition_sizes)
         layer.register_parameter("weight_shape", shape)
         # Immutable, because vLLM keeps shallow copies of parameters, from which it loads anew.
-        loaded = frozenset([ALL_PARTS] if weights_are_random() else [])
         for name in CHECKPOINT_TENSORS:
             if hasattr(layer, name):
-                getattr(layer, name).loaded_parts = loaded
+                getattr(layer, name).loaded_parts = frozenset()
+        self.starts_random = weights_are_random()
 
     def _row_splits(self, out_features: int, input_size: int) -> str:
         """The numbers of ranks over which the input channels can be split; empty where there is none."""
@@ -178,7 +180,9 @@ class SliderQuantLinearMethod(LinearMethodBase):
             FormatError: a tensor of the layer was not in the checkpoint, or has scales that are not finite; the
                 checkpoint and the architecture disagree about biases.
         """
-        self._check_loaded(layer)
+        if not self.starts_random:
+            self._check_loaded(layer)
+        self.starts_random = False  # what is loaded anew is not
         self._check_biases(layer)
         zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point.data
         tensors = kernel_tensors(self.scheme, layer.weight_packed.data, layer.weight_scale.data, zero_point)

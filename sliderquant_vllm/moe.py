@@ -18,7 +18,7 @@ from sliderquant_vllm.compat import (
     weights_are_random,
 )
 from sliderquant_vllm.format import FormatError, LinearScheme
-from sliderquant_vllm.linear import ALL_PARTS, REMEDY, kernel_tensors
+from sliderquant_vllm.linear import REMEDY, kernel_tensors
 from sliderquant_vllm.packing import expected_tensors
 
 # Parameter -> the matrices of an expert that it holds, by the names that vLLM's loader has for gate, down and up.
@@ -34,7 +34,7 @@ def names_of(layer: torch.nn.Module) -> dict[str, str]:
 def recording(loader: MethodType, prefix: str) -> MethodType:
     """The weight loader of a layer, which checks shapes and adds to ``param.loaded_parts`` what it loaded.
 
-    vLLM's own takes tensors that are too small for padded ones. A method as before, as in ``linear.recording``.
+    vLLM's own takes tensors that are too small for padded ones. All else as in ``linear.recording``.
     """
     load = loader.__func__
 
@@ -48,7 +48,7 @@ def recording(loader: MethodType, prefix: str) -> MethodType:
                 "it came with"
             )
         success = load(layer, param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-        if success:
+        if success and not param.is_meta:
             param.loaded_parts |= {(expert_id, shard_id)}
         return success if return_success else None
 
@@ -103,8 +103,7 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
             "w13": ((whole, hidden_size), (split, hidden_size)),
             "w2": ((hidden_size, whole), (hidden_size, split)),
         }
-        # Immutable, because vLLM keeps shallow copies of parameters, from which it loads anew.
-        loaded = frozenset([ALL_PARTS] if weights_are_random() else [])
+        self.starts_random = weights_are_random()
         for matrix, (in_checkpoint, of_rank) in sizes.items():
             scheme = self.schemes[matrix]
             if problem := scheme.shape_problem(*of_rank):
@@ -123,7 +122,7 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
                 parameter.weight_loader = loader
                 parameter.suffix = suffix
                 parameter.expected_shape = expected[suffix][0]
-                parameter.loaded_parts = loaded
+                parameter.loaded_parts = frozenset()
                 # Scales per channel go whole to every rank that has a part of the channel's inputs.
                 supported = FusedMoeWeightScaleSupported
                 parameter.quant_method = (supported.GROUP if per_group else supported.CHANNEL).value
@@ -141,7 +140,7 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
         for matrix, scheme in self.schemes.items():
             held = [getattr(layer, f"{matrix}_{suffix}", None) for suffix in NEEDED]
             for parameter in held:
-                if parameter is not None:  # symmetric schemes have no zero points
+                if parameter is not None and not self.starts_random:  # symmetric schemes have no zero points
                     self._check_loaded(layer, matrix, parameter)
             stacked: dict[str, torch.Tensor | None] = {}
             for expert in range(layer.local_num_experts):
@@ -157,6 +156,7 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
             for name, tensor in stacked.items():
                 parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
                 layer.register_parameter(f"{matrix}_{name}", parameter)
+        self.starts_random = False  # what is loaded anew is not
 
     def _check_loaded(self, layer: torch.nn.Module, matrix: str, parameter: torch.nn.Parameter) -> None:
         """vLLM does not ask whether all experts got their tensors."""
@@ -165,7 +165,7 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
             numbers = [number for number in numbers if layer.expert_map[number] >= 0]
         expected = [(number, shard) for number in numbers for shard in SHARDS[matrix]]
         missing = [part for part in expected if part not in parameter.loaded_parts]
-        if missing and ALL_PARTS not in parameter.loaded_parts:
+        if missing:
             number, shard = missing[0]
             raise FormatError(
                 f"{self.prefix}.{number}.{names[shard]}.{parameter.suffix}: expected a tensor in the checkpoint, found "

@@ -281,13 +281,18 @@ def test_random_weights_need_no_checkpoint(experts_of):
     layer.quant_method.process_weights_after_loading(layer)
 
 
+def reload(layer, tensors) -> None:
+    """Load anew as vLLM does."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(layer)
+    load(layer, tensors)
+    finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("fields", SCHEMES)
 def test_weights_can_be_loaded_anew(experts_of, fields):
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-        record_metadata_for_reloading,
-    )
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
     layer = experts_of(**fields)
     record_metadata_for_reloading(layer)
@@ -295,9 +300,24 @@ def test_weights_can_be_loaded_anew(experts_of, fields):
     load(layer, tensors | {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if "packed" in name})
     layer.quant_method.process_weights_after_loading(layer)
     served = layer.w13_weight_packed
-    initialize_layerwise_reload(layer)
-    load(layer, tensors)
-    finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+    reload(layer, tensors)
     assert layer.w13_weight_packed is served
     inputs = routing(5)
     assert relative_error(layer.quant_method.apply(layer, *inputs), exact(dense, *inputs)) < 2e-2
+
+
+@pytest.mark.parametrize("dummy", [False, True], ids=["loaded", "dummy"])
+def test_a_tensor_that_is_missing_when_weights_are_loaded_anew(experts_of, dummy):
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    layer = experts_of(WeightScheme(4), dummy=dummy)
+    record_metadata_for_reloading(layer)
+    tensors, _ = checkpoint(layer)
+    if not dummy:
+        load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    reload(layer, tensors)
+    name = "2.up_proj.weight_scale"
+    del tensors[name]
+    with pytest.raises(FormatError, match=rf"{PREFIX}\.{name}: expected a tensor in the checkpoint, found none"):
+        reload(layer, tensors)

@@ -291,6 +291,15 @@ def test_random_weights_need_no_checkpoint(single_rank):
     layer.quant_method.process_weights_after_loading(layer)
 
 
+def reload(layer, give) -> None:
+    """Load anew as vLLM does what ``give`` gives."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(layer)
+    give()
+    finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "scheme, fields",
     [
@@ -302,20 +311,31 @@ def test_random_weights_need_no_checkpoint(single_rank):
     ids=["asymmetric", "symmetric", "added bias", "bias"],
 )
 def test_weights_can_be_loaded_anew(single_rank, scheme, fields):
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-        record_metadata_for_reloading,
-    )
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
     layer = qkv_layer(scheme, **fields)
     record_metadata_for_reloading(layer)
     load(layer, scheme)
     layer.quant_method.process_weights_after_loading(layer)
-    served = layer.weight_packed
-    initialize_layerwise_reload(layer)
-    dense = load(layer, scheme)
-    finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.bfloat16))
+    served, dense = layer.weight_packed, []
+    reload(layer, lambda: dense.append(load(layer, scheme)))
     assert layer.weight_packed is served
     x = torch.randn(5, 64).to(torch.bfloat16)
-    assert relative_error(layer.quant_method.apply(layer, x, layer.bias), with_ones(x) @ dense.T) < 1e-2
+    assert relative_error(layer.quant_method.apply(layer, x, layer.bias), with_ones(x) @ dense[0].T) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_part_that_is_missing_when_weights_are_loaded_anew(single_rank, load_format, name):
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    single_rank.load_config.load_format = load_format
+    scheme = WeightScheme(4)
+    layer = qkv_layer(scheme)
+    record_metadata_for_reloading(layer)
+    if load_format == "auto":
+        load(layer, scheme)
+    layer.quant_method.process_weights_after_loading(layer)
+    reload(layer, lambda: load(layer, scheme))
+    with pytest.raises(FormatError, match=rf"qkv_proj\.{name}: expected the tensors of 3 parts.*found only q, v; "):
+        reload(layer, lambda: load(layer, scheme, without=("k", name)))
