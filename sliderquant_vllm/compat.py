@@ -40,6 +40,7 @@ except ImportError:
     GATED_ACTIVATIONS = ()
 
 __all__ = [
+    "DRAFT_PREFIX",
     "SERVES_EXPERTS",
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
@@ -63,6 +64,8 @@ __all__ = [
 ]
 
 OPTIONS = {"int8_activations": False}
+# Before the names of a draft model's modules, which its checkpoint has without.
+DRAFT_PREFIX = "draft_model."
 # Experts of an older vLLM route within themselves, which ``moe`` does not.
 SERVES_EXPERTS = bool(GATED_ACTIVATIONS)
 

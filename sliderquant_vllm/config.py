@@ -85,12 +85,15 @@ class SliderQuantConfig(QuantizationConfig):
         # Here, because importing the layers is slow and register() runs in every process.
         from sliderquant_vllm import compat, fusion, linear, moe
 
+        # Options are those of the model that is served, whose guesses a draft makes from its checkpoint as it is.
+        options = compat.OPTIONS if prefix.startswith(compat.DRAFT_PREFIX) else compat.serving_options()
+        prefix = prefix.removeprefix(compat.DRAFT_PREFIX)
         if isinstance(layer, compat.LinearBase):
             scheme = self.checkpoint.scheme_for_fused(prefix, self._fused())
             if scheme is None:
                 return compat.UnquantizedLinearMethod()
             self._check_sizes(prefix, layer.output_size, layer.input_size)
-            if compat.serving_options()["int8_activations"]:
+            if options["int8_activations"]:
                 scheme = self._with_int8_activations(prefix, scheme)
             if scheme.activations is not None:
                 compat.add_graph_pass(fusion.QuantizerFusion())
@@ -102,7 +105,7 @@ class SliderQuantConfig(QuantizationConfig):
             )
         if isinstance(layer, compat.RoutedExperts):
             schemes = self._expert_schemes(layer, prefix)
-            if schemes is not None and compat.serving_options()["int8_activations"]:
+            if schemes is not None and options["int8_activations"]:
                 schemes = {part: self._with_int8_activations(prefix, scheme) for part, scheme in schemes.items()}
             return None if schemes is None else moe.SliderQuantMoEMethod(layer.moe_config, schemes, prefix)
         return None

@@ -71,6 +71,19 @@ def test_methods_by_layer():
     assert config().get_quant_method(torch.nn.Module(), "") is None
 
 
+def test_a_draft_model_has_the_names_of_its_checkpoint_and_no_options(monkeypatch):
+    monkeypatch.setattr(compat, "serving_options", lambda: {"int8_activations": True})
+    name = f"{ATTENTION}.o_proj"
+    rotated = config(online_hadamard=(OnlineHadamard(name, 64),), added_bias=(name,))
+    rotated.linears = {name: Linear(LinearScheme(WeightScheme(4)), 128, 128, 0)}
+    linear = layer_of(compat.LinearBase, output_size=128, input_size=128)
+    method = rotated.get_quant_method(linear, f"draft_model.{name}")
+    assert method.scheme == LinearScheme(WeightScheme(4), hadamard_block_size=64, added_bias=True)
+    assert method.biases == {name: False}
+    assert rotated.get_quant_method(layer_of(compat.ParallelLMHead), "draft_model.lm_head") is None
+    assert rotated.get_quant_method(linear, name).scheme.activations == ActivationScheme(8)
+
+
 def test_fused_parts_that_disagree():
     linear = layer_of(compat.LinearBase, output_size=256, input_size=128)
     with pytest.raises(FormatError, match="need one scheme"):
