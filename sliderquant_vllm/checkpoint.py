@@ -30,6 +30,10 @@ from sliderquant_vllm.packing import expected_tensors
 from sliderquant_vllm.shards import Reader, TensorHeader, read_json
 
 CONFIG_FILE = "config.json"
+NOT_QUANTIZED = (
+    "expected a 'quantization_config' object, found none; this is not a quantized model: quantize it with "
+    "'python -m calibrate'"
+)
 BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -60,10 +64,7 @@ def read_config(directory: str | Path) -> tuple[dict[str, Any], QuantizationConf
     path = Path(directory) / CONFIG_FILE
     config = read_json(path)
     if "quantization_config" not in config:
-        raise FormatError(
-            f"{path}: expected a 'quantization_config' object, found none; this is not a quantized model: "
-            "quantize it with 'python -m calibrate'"
-        )
+        raise FormatError(f"{path}: {NOT_QUANTIZED}")
     try:
         return config, QuantizationConfig.from_dict(config["quantization_config"])
     except FormatError as error:

@@ -13,15 +13,21 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from sliderquant_vllm import format
-from sliderquant_vllm.checkpoint import Linear, validate_checkpoint
+from sliderquant_vllm.checkpoint import CONFIG_FILE, NOT_QUANTIZED, Linear, validate_checkpoint
 
 
 @register_quantization_config(format.QUANT_METHOD)
 class SliderQuantConfig(QuantizationConfig):
-    """The ``quantization_config`` of a checkpoint, asked by vLLM for a method layer by layer."""
+    """The ``quantization_config`` of a checkpoint, asked by vLLM for a method layer by layer.
 
-    def __init__(self, checkpoint: format.QuantizationConfig):
+    Args:
+        checkpoint: missing where vLLM is told to serve a model that has none.
+    """
+
+    def __init__(self, checkpoint: format.QuantizationConfig | None = None):
         super().__init__()
+        if checkpoint is None:
+            raise format.FormatError(f"{CONFIG_FILE}: {NOT_QUANTIZED}")
         self.checkpoint = checkpoint
         self.linears: dict[str, Linear] = {}
 

@@ -61,6 +61,16 @@ def test_the_config_travels_to_other_processes(tmp_path):
     assert len(copy.linears) == 84
 
 
+def test_a_model_that_is_not_quantized():
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.weight_utils import get_quant_config
+
+    asked = {"quantization": "sliderquant", "quantization_config": None, "hf_config": None, "hf_overrides": {}}
+    with pytest.raises(FormatError) as caught:
+        get_quant_config(SimpleNamespace(model=str(TINY_LLAMA), revision=None, **asked), LoadConfig())
+    assert_one_line_with(caught, ["config.json: expected a 'quantization_config'", "none", "'python -m calibrate'"])
+
+
 def test_methods_by_layer():
     linear = layer_of(compat.LinearBase, output_size=256, input_size=128)
     method = config().get_quant_method(linear, f"{ATTENTION}.qkv_proj")
