@@ -83,6 +83,10 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     _, config = read_config(directory)
     reader = Reader(directory)
     modules = reader.modules()
+    # Only those that are as _check_linear expects: another could be of any size.
+    names = (f"{module}.weight_shape" for module in modules)
+    names = [name for name in names if name in reader.headers and reader.headers[name].shape == (2,)]
+    sizes = {name.rpartition(".")[0]: tensor.tolist() for name, tensor in reader.tensors(names)}
     linears = {}
     for module, tensors in modules.items():
         scheme = config.scheme_for(module)
@@ -99,7 +103,7 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
                     f"{module}.{name}: 'ignore' keeps this module in 16 bits, found a quantized tensor in "
                     f"{tensors[name].file}; take the module out of 'ignore', or quantize the model again"
                 )
-            linears[module] = _check_linear(reader, module, tensors, scheme)
+            linears[module] = _check_linear(module, tensors, scheme, sizes.get(module))
         elif scheme is not None and _is_plain_linear(module, tensors):
             raise FormatError(
                 f"{module}.weight: expected {module}.weight_packed ({scheme}), found a 16-bit weight in "
@@ -112,10 +116,11 @@ def validate_checkpoint(directory: str | Path, data: bool = False) -> Summary:
     _check_patterns(config, linears)
     if data:
         reader.check_digests()
-        for module, linear in linears.items():
-            _check_scales(f"{module}.weight_scale", reader)
-            if linear.scheme.added_bias:
-                _check_finite(f"{module}.added_bias", reader)
+        for name, scale in reader.tensors(f"{module}.weight_scale" for module in linears):
+            _check_scales(name, scale, reader)
+        biased = (module for module, linear in linears.items() if linear.scheme.added_bias)
+        for name, bias in reader.tensors(f"{module}.added_bias" for module in biased):
+            _check_finite(name, bias, reader)
     return Summary(linears, sum(header.nbytes for header in reader.headers.values()))
 
 
@@ -124,7 +129,11 @@ def _is_plain_linear(module: str, tensors: Mapping[str, TensorHeader]) -> bool:
     return "weight" in tensors and len(tensors["weight"].shape) == 2 and "embed" not in module.rpartition(".")[2]
 
 
-def _check_linear(reader: Reader, module: str, tensors: Mapping[str, TensorHeader], scheme: LinearScheme) -> Linear:
+def _check_linear(
+    module: str, tensors: Mapping[str, TensorHeader], scheme: LinearScheme, sizes: list[int] | None
+) -> Linear:
+    """``sizes`` is what its weight_shape holds, where that has the shape that it must have."""
+
     def check(suffix: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype], because: str) -> None:
         if suffix not in tensors:
             raise FormatError(f"{module}.{suffix}: expected for {scheme}, found nothing; quantize the model again")
@@ -137,7 +146,7 @@ def _check_linear(reader: Reader, module: str, tensors: Mapping[str, TensorHeade
             )
 
     check("weight_shape", (2,), (torch.int64,), "[out_features, in_features]")
-    out_features, in_features = sizes = reader.tensor(f"{module}.weight_shape").tolist()
+    out_features, in_features = sizes
     if min(sizes) <= 0:
         raise FormatError(f"{module}.weight_shape: expected positive sizes, found {sizes}; copy the checkpoint again")
     if problem := scheme.shape_problem(out_features, in_features):
@@ -202,8 +211,8 @@ def _check_patterns(config: QuantizationConfig, linears: Iterable[str]) -> None:
             )
 
 
-def _check_finite(name: str, reader: Reader) -> None:
-    bad = ~torch.isfinite(reader.tensor(name))
+def _check_finite(name: str, bias: torch.Tensor, reader: Reader) -> None:
+    bad = ~torch.isfinite(bias)
     if bad.any():
         raise FormatError(
             f"{name}: expected finite numbers, found others at {bad.nonzero().flatten()[:3].tolist()} "
@@ -211,8 +220,7 @@ def _check_finite(name: str, reader: Reader) -> None:
         )
 
 
-def _check_scales(name: str, reader: Reader) -> None:
-    scale = reader.tensor(name)
+def _check_scales(name: str, scale: torch.Tensor, reader: Reader) -> None:
     bad = ~(torch.isfinite(scale) & (scale > 0))
     if bad.any():
         row, group = bad.nonzero()[0].tolist()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,24 @@ class Reader:
 
         It maps its file for as long as it lives. An open shard would keep all that was ever read of it in memory.
         """
-        path = self.directory / self.headers[name].file
-        try:
-            with safe_open(path, framework="pt") as shard:
-                return shard.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:  # the last one: too little memory to map the file
-            raise FormatError(
-                f"{path}: {name} cannot be read ({_one_line(error)}); copy or download the file again"
-            ) from None
+        [(_, tensor)] = self.tensors([name])
+        return tensor
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read small tensors, file by file: each is opened once, which takes time with the number of its tensors."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.headers[name].file, []).append(name)
+        for file, held in by_file.items():
+            path, name = self.directory / file, held[0]
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for name in held:
+                        yield name, shard.get_tensor(name)
+            except (SafetensorError, OSError, RuntimeError) as error:  # the last one: too little memory to map the file
+                raise FormatError(
+                    f"{path}: {name} cannot be read ({_one_line(error)}); copy or download the file again"
+                ) from None
 
     def modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Module name -> last component of the tensor name -> header."""

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sliderquant_vllm import shards
 from sliderquant_vllm.__main__ import main
 from sliderquant_vllm.checkpoint import read_config, validate_checkpoint
 from sliderquant_vllm.format import FormatError, OnlineHadamard, Override, WeightScheme
@@ -90,6 +92,14 @@ def test_a_sound_checkpoint(pristine, data):
     assert not summary.linears[DOWN].has_bias
     assert (summary.linears[DOWN].out_features, summary.linears[DOWN].in_features) == (128, 384)
     assert len(index_of(pristine)["metadata"]["sha256"]) > 2
+
+
+def test_no_file_is_opened_for_each_of_its_tensors(pristine, monkeypatch):
+    opened = []
+    monkeypatch.setattr(shards, "safe_open", lambda path, **named: opened.append(path) or safe_open(path, **named))
+    validate_checkpoint(pristine, data=True)
+    # For its header, the sizes of its linears, their scales and biases.
+    assert len(opened) <= 4 * len(set(opened))
 
 
 def test_the_quantized_numbers_are_those_of_the_format(pristine, tmp_path):
