@@ -5,6 +5,8 @@ Tested with vLLM 0.32; the names that 0.26 spells differently are mapped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
@@ -57,13 +59,16 @@ __all__ = [
     "UnquantizedLinearMethod",
     "activate_experts",
     "add_graph_pass",
+    "companions",
     "experts_problem",
     "register_weight_loader_v2_supported_method",
     "serving_options",
     "weights_are_random",
 ]
 
-OPTIONS = {"int8_activations": False}
+OPTIONS = {"int8_activations": False, "made_for_this_checkpoint": False}
+# Methods of speculative decoding that do not read the hidden states of the model that is served.
+OWN_STATES = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 # Before the names of a draft model's modules, which its checkpoint has without.
 DRAFT_PREFIX = "draft_model."
 # Experts of an older vLLM route within themselves, which ``moe`` does not.
@@ -85,6 +90,23 @@ def add_graph_pass(graph_pass: InductorPass) -> None:
     if config is not None:
         key = getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
         config.compilation_config.inductor_compile_config.setdefault(key, graph_pass)
+
+
+def companions() -> Iterator[tuple[str, bool]]:
+    """(flag, whether it needs no more than the hidden states between blocks) of what is asked for beside the weights
+    and depends on the meaning of their channels.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return
+    if config.lora_config is not None:
+        yield "--enable-lora", False
+    if config.model_config.enable_prompt_embeds:
+        yield "--enable-prompt-embeds", True
+    if config.model_config.runner_type == "pooling":
+        yield "--runner pooling", True
+    if config.speculative_config is not None and config.speculative_config.method not in OWN_STATES:
+        yield f"--speculative-config method {config.speculative_config.method}", True
 
 
 def experts_problem(layer: RoutedExperts) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,19 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from sliderquant_vllm import format
 from sliderquant_vllm.checkpoint import CONFIG_FILE, NOT_QUANTIZED, Linear, validate_checkpoint
+
+
+def basis_changes(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What a calibration did that gave linears other channels than the parent's -> the flag that leaves it out."""
+    learns = recipe.get("learn_scale") and (recipe.get("epochs") or recipe.get("end_to_end_epochs"))
+    changes = {
+        "rotate": (recipe.get("rotate"), "--no-rotate"),
+        "equalize": (recipe.get("equalize", "off") != "off", "--equalize off"),
+        "scale_start": (recipe.get("scale_start", "ones") != "ones", "--scale-start ones"),
+        "learn_scale": (learns, "--no-learn-scale"),
+        "dual_scale": (recipe.get("dual_scale"), "--no-dual-scale"),
+    }
+    return {name: flag for name, (happened, flag) in changes.items() if happened}
 
 
 @register_quantization_config(format.QUANT_METHOD)
@@ -87,12 +100,16 @@ class SliderQuantConfig(QuantizationConfig):
         Raises:
             FormatError: the parts of a fused module disagree, the checkpoint is of a model of other sizes, or the
                 layer cannot be served quantized.
+            ValueError: the server is asked for something that the checkpoint does not allow.
         """
         # Here, because importing the layers is slow and register() runs in every process.
         from sliderquant_vllm import compat, fusion, linear, moe
 
-        # Options are those of the model that is served, whose guesses a draft makes from its checkpoint as it is.
-        options = compat.OPTIONS if prefix.startswith(compat.DRAFT_PREFIX) else compat.serving_options()
+        options = compat.OPTIONS
+        if not prefix.startswith(compat.DRAFT_PREFIX):  # what is asked of a server is not asked of its draft model
+            options = compat.serving_options()
+            if not options["made_for_this_checkpoint"]:
+                self._check_companions(compat.companions())
         prefix = prefix.removeprefix(compat.DRAFT_PREFIX)
         if isinstance(layer, compat.LinearBase):
             scheme = self.checkpoint.scheme_for_fused(prefix, self._fused())
@@ -115,6 +132,21 @@ class SliderQuantConfig(QuantizationConfig):
                 schemes = {part: self._with_int8_activations(prefix, scheme) for part, scheme in schemes.items()}
             return None if schemes is None else moe.SliderQuantMoEMethod(layer.moe_config, schemes, prefix)
         return None
+
+    def _check_companions(self, companions: Iterable[tuple[str, bool]]) -> None:
+        """Adapters and the like were made for the parent, and would be wrong without a word in other channels."""
+        recipe = self.checkpoint.calibration.get("recipe")
+        changes = basis_changes(recipe) if isinstance(recipe, Mapping) else {}
+        for flag, between_blocks in companions:
+            # Only a rotation reaches the hidden states between blocks.
+            found = {name: off for name, off in changes.items() if name == "rotate" or not between_blocks}
+            if found:
+                raise ValueError(
+                    f"{flag}: what was made for the parent model would be wrong here: calibration gave this checkpoint "
+                    f"other channels ({', '.join(found)}); serve without it, quantize with {' '.join(found.values())}, "
+                    "or, where it was made for this very checkpoint, serve with --additional-config "
+                    """'{"sliderquant": {"made_for_this_checkpoint": true}}'"""
+                )
 
     def _expert_schemes(self, layer: torch.nn.Module, prefix: str) -> dict[str, format.LinearScheme] | None:
         """The schemes of all gates and ups ("w13") and of all downs ("w2"); None where they stay in 16 bits."""

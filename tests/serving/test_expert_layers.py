@@ -218,7 +218,7 @@ def test_more_experts_than_the_config_describes():
 
 
 def test_int8_activations_need_scales_per_channel(experts_of, monkeypatch):
-    monkeypatch.setattr(compat, "serving_options", lambda: {"int8_activations": True})
+    monkeypatch.setattr(compat, "serving_options", lambda: compat.OPTIONS | {"int8_activations": True})
     layer = experts_of(WeightScheme(4))
     assert {scheme.activations for scheme in layer.quant_method.schemes.values()} == {ActivationScheme(8)}
     with pytest.raises(ValueError, match=rf"int8_activations: {PREFIX}.*group_size.*--group-size -1"):

@@ -82,7 +82,7 @@ def test_methods_by_layer():
 
 
 def test_a_draft_model_has_the_names_of_its_checkpoint_and_no_options(monkeypatch):
-    monkeypatch.setattr(compat, "serving_options", lambda: {"int8_activations": True})
+    monkeypatch.setattr(compat, "serving_options", lambda: compat.OPTIONS | {"int8_activations": True})
     name = f"{ATTENTION}.o_proj"
     rotated = config(online_hadamard=(OnlineHadamard(name, 64),), added_bias=(name,))
     rotated.linears = {name: Linear(LinearScheme(WeightScheme(4)), 128, 128, 0)}
@@ -92,6 +92,49 @@ def test_a_draft_model_has_the_names_of_its_checkpoint_and_no_options(monkeypatc
     assert method.biases == {name: False}
     assert rotated.get_quant_method(layer_of(compat.ParallelLMHead), "draft_model.lm_head") is None
     assert rotated.get_quant_method(linear, name).scheme.activations == ActivationScheme(8)
+
+
+ADAPTER = {"lora_config": SimpleNamespace()}
+MADE_FOR_IT = {"additional_config": {"sliderquant": {"made_for_this_checkpoint": True}}}
+
+
+@pytest.mark.parametrize(
+    "recipe, asked, words",
+    [
+        ({"rotate": True}, ADAPTER, ["--enable-lora", "(rotate)", "with --no-rotate,", '"made_for_this_checkpoint"']),
+        ({"equalize": "all", "scale_start": "awq"}, ADAPTER, ["equalize, scale_start", "--equalize off --scale-start"]),
+        ({"learn_scale": True, "epochs": 10}, ADAPTER, ["(learn_scale)"]),
+        ({"dual_scale": True}, ADAPTER, ["(dual_scale)"]),
+        ({"rotate": True, "equalize": "all"}, {"enable_prompt_embeds": True}, ["--enable-prompt-embeds", "(rotate)"]),
+        ({"rotate": True}, {"runner_type": "pooling"}, ["--runner pooling"]),
+        ({"rotate": True}, {"method": "eagle3"}, ["--speculative-config method eagle3"]),
+        ({"rotate": True}, {}, []),
+        ({"rotate": True}, {"method": "ngram"}, []),
+        ({"equalize": "outliers"}, {"method": "eagle3"}, []),
+        ({"learn_scale": True, "epochs": 0, "equalize": "off", "scale_start": "ones"}, ADAPTER, []),
+        ({"rotate": True}, ADAPTER | MADE_FOR_IT, []),
+        (None, ADAPTER, []),
+    ],
+)
+def test_what_was_made_for_other_channels(monkeypatch, recipe, asked, words):
+    fields = {"lora_config": None, "additional_config": {}, "enable_prompt_embeds": False, "runner_type": "generate"}
+    asked = fields | asked
+    vllm_config = SimpleNamespace(
+        lora_config=asked["lora_config"],
+        additional_config=asked["additional_config"],
+        model_config=SimpleNamespace(**asked),
+        speculative_config=SimpleNamespace(method=asked["method"]) if "method" in asked else None,
+    )
+    monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: vllm_config)
+    calibrated = config(calibration={"recipe": recipe} if recipe else {})
+    linear = layer_of(compat.LinearBase, output_size=128, input_size=128)
+    calibrated.get_quant_method(linear, f"draft_model.{ATTENTION}.o_proj")
+    if not words:
+        calibrated.get_quant_method(linear, f"{ATTENTION}.o_proj")
+        return
+    with pytest.raises(ValueError) as caught:
+        calibrated.get_quant_method(linear, f"{ATTENTION}.o_proj")
+    assert_one_line_with(caught, words)
 
 
 def test_fused_parts_that_disagree():
