@@ -71,6 +71,8 @@ OPTIONS = {"int8_activations": False, "made_for_this_checkpoint": False}
 OWN_STATES = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 # Before the names of a draft model's modules, which its checkpoint has without.
 DRAFT_PREFIX = "draft_model."
+# Experts whose method has no kernels of vLLM's own exchange tokens in this way alone.
+SERVED_ALL2ALL = "allgather_reducescatter"
 # Experts of an older vLLM route within themselves, which ``moe`` does not.
 SERVES_EXPERTS = bool(GATED_ACTIVATIONS)
 
@@ -110,7 +112,23 @@ def companions() -> Iterator[tuple[str, bool]]:
 
 
 def experts_problem(layer: RoutedExperts) -> str | None:
-    """Why the routed experts of a layer cannot be served quantized; None where they can."""
+    """Why the routed experts of a layer cannot be served quantized, and what to do; None where they can."""
+    moe, config = layer.moe_config, get_current_vllm_config_or_none()
+    backend = moe.moe_parallel_config.all2all_backend
+    exchanges = moe.moe_parallel_config.use_all2all_kernels or backend == "passthrough"
+    if moe.moe_parallel_config.use_ep and exchanges and backend != SERVED_ALL2ALL:
+        return f"expected --all2all-backend {SERVED_ALL2ALL}, found {backend}; serve with the one expected"
+    targets = config.lora_config.target_modules if moe.is_lora_enabled else []
+    if targets is None or "experts" in targets:
+        return (
+            "adapters of quantized experts are not served, found --enable-lora; serve without it, or name other "
+            "modules in --lora-target-modules"
+        )
+    problem = _architecture_problem(layer)
+    return problem and f"{problem}; add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"
+
+
+def _architecture_problem(layer: RoutedExperts) -> str | None:
     # Not yet run on a GPU: there is nothing in moe.py that asks for a device, and the ops have one schema for all.
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         return f"quantized experts are served on CPUs and CUDA GPUs, found {current_platform.device_name}"
@@ -118,8 +136,12 @@ def experts_problem(layer: RoutedExperts) -> str | None:
         served = ", ".join(activation.value for activation in GATED_ACTIVATIONS)
         limit = "" if layer.swiglu_limit is None else f" with limit {layer.swiglu_limit}"
         return f"expected one of the activations {served}, found {layer.activation.value}{limit}"
-    if layer.moe_config.has_bias:
+    moe = layer.moe_config
+    if moe.has_bias:
         return "expected an architecture whose experts have no bias, found one that has"
+    if moe.hidden_dim != moe.hidden_dim_unpadded:
+        width = f"{moe.hidden_dim_unpadded} channels padded to {moe.hidden_dim}"
+        return f"expected experts as wide as the model, found {width}"
     if layer.apply_router_weight_on_input:
         return "expected router weights on the experts' output, found them on their input"
     return None

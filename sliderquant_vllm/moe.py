@@ -90,13 +90,11 @@ class SliderQuantMoEMethod(FusedMoEMethodBase):
 
         Raises:
             FormatError: the parts of this rank do not end at word, group or Hadamard block boundaries; the
-                architecture, or the device, is not one that is served.
+                architecture, the device, or what the server is asked for is not served.
         """
         ops.load()
         if problem := experts_problem(layer):
-            raise FormatError(
-                f"{self.prefix}: {problem}; add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"
-            )
+            raise FormatError(f"{self.prefix}: {problem}")
         loader = recording(extra_weight_attrs["weight_loader"], self.prefix)
         whole, split = layer.moe_config.intermediate_size, intermediate_size_per_partition
         sizes = {

@@ -46,6 +46,7 @@ def experts_of(monkeypatch):
         expert_parallel: bool = False,
         dummy: bool = False,
         settings=None,
+        change=lambda vllm_config: None,
         **fields,
     ):
         monkeypatch.setattr("vllm.model_executor.layers.fused_moe.config.get_tensor_model_parallel_rank", lambda: rank)
@@ -53,6 +54,7 @@ def experts_of(monkeypatch):
         vllm_config.parallel_config.enable_expert_parallel = expert_parallel
         if dummy:
             vllm_config.load_config.load_format = "dummy"
+        change(vllm_config)
         sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
         with set_current_vllm_config(vllm_config):
             runner = FusedMoEFactory(
@@ -238,6 +240,45 @@ def test_architectures_that_are_not_served(experts_of, settings, words):
     with pytest.raises(FormatError) as caught:
         experts_of(WeightScheme(4), settings=settings)
     assert_one_line_with(caught, [PREFIX, *words, "add 're:.*\\.experts\\..*' to 'ignore'"])
+
+
+def with_lora(*target_modules: str):
+    def change(vllm_config):
+        from vllm.config.lora import LoRAConfig
+
+        vllm_config.lora_config = LoRAConfig(target_modules=list(target_modules) or None)
+
+    return change
+
+
+def with_all2all(backend: str):
+    return lambda vllm_config: setattr(vllm_config.parallel_config, "all2all_backend", backend)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (with_lora(), ["--enable-lora; serve without it", "--lora-target-modules"]),
+        (with_lora("o_proj", "experts"), ["--enable-lora"]),
+        (with_all2all("passthrough"), ["expected --all2all-backend allgather_reducescatter, found passthrough; serve"]),
+    ],
+    ids=["adapters", "adapters of experts", "all2all"],
+)
+def test_flags_that_are_not_served(experts_of, change, words):
+    with pytest.raises(FormatError) as caught:
+        experts_of(WeightScheme(4), change=change, ranks=2, expert_parallel=True)
+    assert_one_line_with(caught, [PREFIX, *words])
+    assert "ignore" not in str(caught.value)
+
+
+def test_adapters_of_other_modules(experts_of):
+    experts_of(WeightScheme(4), change=with_lora("o_proj"))
+
+
+def test_padded_experts_are_refused(experts_of, monkeypatch):
+    monkeypatch.setattr(SliderQuantMoEMethod, "maybe_roundup_sizes", lambda method, hidden, inner, *others: (96, inner))
+    with pytest.raises(FormatError, match=rf"{PREFIX}: expected experts as wide as the model, found 64 .* to 96; add"):
+        experts_of(WeightScheme(4))
 
 
 def test_other_devices_are_refused(experts_of, monkeypatch):
