@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -25,6 +25,8 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 from vllm.platforms import current_platform
+
+from sliderquant_vllm import ops
 
 try:
     from vllm.compilation.passes.inductor_pass import InductorPass
@@ -123,6 +125,12 @@ def experts_problem(layer: RoutedExperts) -> str | None:
         return (
             "adapters of quantized experts are not served, found --enable-lora; serve without it, or name other "
             "modules in --lora-target-modules"
+        )
+    captures = config is not None and config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    if captures and current_platform.is_cuda() and not ops.is_native("cuda"):
+        return (
+            "without native CUDA kernels experts cannot be captured in CUDA graphs; serve with --enforce-eager, or "
+            "build the kernels with 'pip install --no-build-isolation -e .' on a machine with nvcc"
         )
     problem = _architecture_problem(layer)
     return problem and f"{problem}; add 're:.*\\.experts\\..*' to 'ignore' and quantize the model again"

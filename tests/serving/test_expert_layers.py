@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.common import relative_error
+from sliderquant_vllm import ops
 from sliderquant_vllm.checkpoint import Linear
 from sliderquant_vllm.format import (
     ActivationScheme,
@@ -273,6 +274,24 @@ def test_flags_that_are_not_served(experts_of, change, words):
 
 def test_adapters_of_other_modules(experts_of):
     experts_of(WeightScheme(4), change=with_lora("o_proj"))
+
+
+@pytest.mark.parametrize("mode, refused", [("FULL_AND_PIECEWISE", True), ("PIECEWISE", True), ("NONE", False)])
+def test_graphs_without_native_kernels(experts_of, monkeypatch, mode, refused):
+    from vllm.config import CUDAGraphMode
+
+    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True))
+    monkeypatch.setattr(ops, "is_native", lambda device: device != "cuda")
+
+    def change(vllm_config):
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+
+    if not refused:
+        experts_of(WeightScheme(4), change=change)
+        return
+    with pytest.raises(FormatError) as caught:
+        experts_of(WeightScheme(4), change=change)
+    assert_one_line_with(caught, [PREFIX, "CUDA graphs; serve with --enforce-eager, or build the kernels"])
 
 
 def test_padded_experts_are_refused(experts_of, monkeypatch):
