@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from vllm import envs
 from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -65,8 +67,11 @@ __all__ = [
     "experts_problem",
     "register_weight_loader_v2_supported_method",
     "serving_options",
+    "warn_of_batches",
     "weights_are_random",
 ]
+
+logger = init_logger(f"vllm.{__name__}")  # one that vLLM shows
 
 OPTIONS = {"int8_activations": False, "made_for_this_checkpoint": False}
 # Methods of speculative decoding that do not read the hidden states of the model that is served.
@@ -83,6 +88,16 @@ def weights_are_random() -> bool:
     """Whether the model that is being built gets random weights, which no weight loader sees."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def warn_of_batches() -> None:
+    """Say once, where VLLM_BATCH_INVARIANT=1 asks for it, that products of 16-bit activations are not so."""
+    if envs.VLLM_BATCH_INVARIANT:
+        logger.warning_once(
+            "VLLM_BATCH_INVARIANT: expected linears whose results do not depend on the batch, found weight-only ones, "
+            "whose kernels on CPUs and GPUs add up in another order for other numbers of tokens; serve a checkpoint "
+            "with quantized activations, whose integer sums are exact"
+        )
 
 
 def add_graph_pass(graph_pass: InductorPass) -> None:

@@ -118,7 +118,9 @@ class SliderQuantConfig(QuantizationConfig):
             self._check_sizes(prefix, layer.output_size, layer.input_size)
             if options["int8_activations"]:
                 scheme = self._with_int8_activations(prefix, scheme)
-            if scheme.activations is not None:
+            if scheme.activations is None:
+                compat.warn_of_batches()
+            else:
                 compat.add_graph_pass(fusion.QuantizerFusion())
             return linear.SliderQuantLinearMethod(scheme, prefix, self._biases(prefix))
         if isinstance(layer, compat.ParallelLMHead) and self.checkpoint.scheme_for(prefix) is not None:
@@ -130,7 +132,11 @@ class SliderQuantConfig(QuantizationConfig):
             schemes = self._expert_schemes(layer, prefix)
             if schemes is not None and options["int8_activations"]:
                 schemes = {part: self._with_int8_activations(prefix, scheme) for part, scheme in schemes.items()}
-            return None if schemes is None else moe.SliderQuantMoEMethod(layer.moe_config, schemes, prefix)
+            if schemes is None:
+                return None
+            if any(scheme.activations is None for scheme in schemes.values()):
+                compat.warn_of_batches()
+            return moe.SliderQuantMoEMethod(layer.moe_config, schemes, prefix)
         return None
 
     def _check_companions(self, companions: Iterable[tuple[str, bool]]) -> None:

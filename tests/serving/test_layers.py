@@ -81,6 +81,19 @@ def test_methods_by_layer():
     assert config().get_quant_method(torch.nn.Module(), "") is None
 
 
+@pytest.mark.parametrize(
+    "activations, asked, warnings", [(None, "1", 1), (None, "0", 0), (ActivationScheme(8), "1", 0)]
+)
+def test_results_that_depend_on_the_batch(monkeypatch, activations, asked, warnings):
+    said = []
+    monkeypatch.setattr(compat.logger, "warning_once", said.append)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", asked)
+    linear = layer_of(compat.LinearBase, output_size=128, input_size=128)
+    config(activations=activations).get_quant_method(linear, f"{ATTENTION}.o_proj")
+    assert len(said) == (activations is None and asked == "1")
+    assert all("VLLM_BATCH_INVARIANT" in message and "quantized activations" in message for message in said)
+
+
 def test_a_draft_model_has_the_names_of_its_checkpoint_and_no_options(monkeypatch):
     monkeypatch.setattr(compat, "serving_options", lambda: compat.OPTIONS | {"int8_activations": True})
     name = f"{ATTENTION}.o_proj"
