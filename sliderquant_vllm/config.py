@@ -209,15 +209,15 @@ class SliderQuantConfig(QuantizationConfig):
         return {**format.FUSED_MODULES, **self.packed_modules_mapping}
 
     def _check_sizes(self, prefix: str, output_size: int, input_size: int) -> None:
+        from sliderquant_vllm.linear import check_sizes
+
         parts = format.parts_of(prefix, self._fused())
-        for linear in (self.linears[part] for part in parts if part in self.linears):
-            # A fused module is wider than any of its parts, and wider than their sum where heads are repeated.
-            fits = linear.out_features == output_size or (len(parts) > 1 and linear.out_features < output_size)
-            if linear.in_features != input_size or not fits:
-                raise format.FormatError(
-                    f"{prefix}: config.json describes [{output_size}, {input_size}], the checkpoint holds "
-                    f"[{linear.out_features}, {linear.in_features}]; put the config.json beside it that it came with"
-                )
+        held = [self.linears[part] for part in parts if part in self.linears]
+        rows = sum(linear.out_features for linear in held)
+        if len(parts) > 1:
+            rows = max(rows, output_size)  # a fused module is wider than its parts where heads are repeated
+        for linear in held:
+            check_sizes(prefix, (output_size, input_size), (rows, linear.in_features))
 
     def _biases(self, prefix: str) -> dict[str, bool]:
         """Part -> whether the checkpoint holds a bias for it; empty where its headers have not been read."""

@@ -26,11 +26,12 @@ from sliderquant_vllm.packing import unpack_codes
 
 CHECKPOINT_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "added_bias")
 REMEDY = "check the checkpoint with 'python -m sliderquant_vllm DIR'"
+QKV = ("q", "k", "v")
 ALL_PARTS = None  # how vLLM's loaders name a tensor that is not one part of a fused module
 
 
 def recording(loader: MethodType) -> MethodType:
-    """The weight loader of a layer, which adds to ``param.loaded_parts`` what it was called for.
+    """The weight loader of a layer, which checks sizes and adds to ``param.loaded_parts`` what it was called for.
 
     Not where a parameter has no memory: vLLM keeps such ones from load to load. A method as before: vLLM takes the
     layer out of its parameters' methods where it must not keep it alive.
@@ -39,13 +40,24 @@ def recording(loader: MethodType) -> MethodType:
 
     @functools.wraps(load)
     def load_and_record(layer, param, loaded_weight, *args, **kwargs):
-        result = load(layer, param, loaded_weight, *args, **kwargs)
         part = next(iter((*args, *kwargs.values())), ALL_PARTS)
+        if param is layer.weight_packed:
+            layer.quant_method.check_packed(layer, loaded_weight, part)
+        result = load(layer, param, loaded_weight, *args, **kwargs)
         if not param.is_meta:
             param.loaded_parts |= set(part if isinstance(part, tuple) else (part,))
         return result
 
     return MethodType(load_and_record, loader.__self__)
+
+
+def check_sizes(prefix: str, described: tuple[int, int], found: tuple[int, int]) -> None:
+    """Raises FormatError where a checkpoint holds other [out_features, in_features] than config.json describes."""
+    if found != described:
+        raise FormatError(
+            f"{prefix}: config.json describes {list(described)}, the checkpoint holds {list(found)}; put the "
+            "config.json beside it that it came with"
+        )
 
 
 def kernel_tensors(
@@ -164,6 +176,19 @@ class SliderQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 getattr(layer, name).loaded_parts = frozenset()
         self.starts_random = weights_are_random()
+
+    def check_packed(self, layer: torch.nn.Module, packed: torch.Tensor, part: Any) -> None:
+        """vLLM's loaders take the first channels of a part that has too many. Raises FormatError."""
+        name, rows = f"{self.prefix}, part {part}", layer.output_size
+        if part is ALL_PARTS:
+            name = self.prefix
+        elif part in QKV:
+            # Every rank has a key and a value head, which several may share.
+            rows = layer.output_sizes[QKV.index(part)] // (1 if part == "q" else layer.num_kv_head_replicas)
+        else:
+            rows = sum(layer.output_sizes[each] for each in (part if isinstance(part, tuple) else (part,)))
+        found = packed.shape[0], packed.shape[-1] * 32 // self.scheme.weights.bits
+        check_sizes(name, (rows, layer.input_size), found)
 
     def _row_splits(self, out_features: int, input_size: int) -> str:
         """The numbers of ranks over which the input channels can be split; empty where there is none."""

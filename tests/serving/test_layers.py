@@ -177,7 +177,13 @@ def test_exact_names_follow_the_names_of_the_served_model():
 
 
 @pytest.mark.parametrize(
-    "part, fields", [("o_proj", {"in_features": 64}), ("o_proj", {"out_features": 64}), ("k_proj", {"in_features": 64})]
+    "part, fields",
+    [
+        ("o_proj", {"in_features": 64}),
+        ("o_proj", {"out_features": 64}),
+        ("k_proj", {"in_features": 64}),
+        ("k_proj", {"out_features": 128}),
+    ],
 )
 def test_a_config_of_another_model(tmp_path, part, fields):
     quantized = write_rtn_checkpoint(TINY_LLAMA, tmp_path / "model", WeightScheme(4))
@@ -187,7 +193,7 @@ def test_a_config_of_another_model(tmp_path, part, fields):
     found.linears[name] = replace(found.linears[name], **fields)
     fused, width = ("qkv_proj", 256) if part == "k_proj" else (part, 128)
     linear = layer_of(compat.LinearBase, output_size=width, input_size=128)
-    with pytest.raises(FormatError, match=rf"{fused}: config.json describes \[{width}, 128\].*64"):
+    with pytest.raises(FormatError, match=rf"{fused}: config.json describes \[{width}, 128\].*(64|320)"):
         found.get_quant_method(linear, f"{ATTENTION}.{fused}")
 
 
@@ -335,6 +341,15 @@ def test_biases_that_the_architecture_and_the_checkpoint_see_differently(single_
     with pytest.raises(FormatError) as caught:
         layer.quant_method.process_weights_after_loading(layer)
     assert_one_line_with(caught, [ATTENTION, *words])
+
+
+@pytest.mark.parametrize("part, described, rows, inputs", [("k", 32, 64, 64), ("q", 64, 96, 64), ("v", 32, 32, 128)])
+def test_tensors_of_another_size_without_headers(single_rank, part, described, rows, inputs):
+    layer, scheme = qkv_layer(WeightScheme(4)), WeightScheme(4)
+    packed = pack_linear(*round_to_nearest(torch.randn(rows, inputs), scheme), scheme)["weight_packed"]
+    found = rf"qkv_proj, part {part}: config.json describes \[{described}, 64\], .* holds \[{rows}, {inputs}\]; put"
+    with pytest.raises(FormatError, match=found):
+        layer.weight_packed.weight_loader(layer.weight_packed, packed, part)
 
 
 @pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_zero_point", "added_bias"])
