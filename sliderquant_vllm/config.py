@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from sliderquant_vllm import format
 from sliderquant_vllm.checkpoint import CONFIG_FILE, NOT_QUANTIZED, Linear, validate_checkpoint
+from sliderquant_vllm.shards import is_complete
 
 
 def basis_changes(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -27,6 +29,13 @@ def basis_changes(recipe: Mapping[str, Any]) -> dict[str, str]:
         "dual_scale": (recipe.get("dual_scale"), "--no-dual-scale"),
     }
     return {name: flag for name, (happened, flag) in changes.items() if happened}
+
+
+def _cached(hub_id: str, revision: str | None) -> Path | None:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # it is not in the cache, or no hub id
+        return None
 
 
 @register_quantization_config(format.QUANT_METHOD)
@@ -65,13 +74,19 @@ class SliderQuantConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SliderQuantConfig:
         return cls(format.QuantizationConfig.from_dict(config))
 
-    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check the headers of a local checkpoint before anything is loaded. Raises FormatError.
+    def maybe_update_config(self, model_name: str, *args: Any, revision: str | None = None, **kwargs: Any) -> None:
+        """Check the headers of a checkpoint before anything is loaded. Raises FormatError.
 
-        A directory without weights is left to the loader: some load formats need none.
+        A directory without weights is left to the loader, since some load formats need none, and so is a hub id until
+        its files are in the cache.
         """
         directory = Path(model_name)
-        if directory.is_dir() and any(directory.glob("*.safetensors*")):
+        if directory.is_dir():
+            is_there = any(directory.glob("*.safetensors*"))
+        else:
+            directory = _cached(model_name, revision)
+            is_there = directory is not None and is_complete(directory)
+        if is_there:
             self.linears = dict(validate_checkpoint(directory).linears)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

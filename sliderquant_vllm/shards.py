@@ -215,6 +215,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether all shards of a directory lie there already."""
+    if not (index := directory / INDEX_FILE).exists():
+        return (directory / WEIGHTS_FILE).exists()
+    weight_map = _string_map(index, "weight_map", read_json(index).get("weight_map"))
+    return all((directory / file).exists() for file in set(weight_map.values()))
+
+
 def _headers(path: Path) -> dict[str, TensorHeader]:
     """What a shard holds. Raises SafetensorError or OSError."""
     found = {}

@@ -71,6 +71,28 @@ def test_a_model_that_is_not_quantized():
     assert_one_line_with(caught, ["config.json: expected a 'quantization_config'", "none", "'python -m calibrate'"])
 
 
+def test_headers_of_a_hub_id_that_is_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / "0123"
+    write_rtn_checkpoint(TINY_LLAMA, snapshot, WeightScheme(4), max_shard_bytes=10**6)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    found = config()
+    found.maybe_update_config("someone/model", hf_config=None, revision=None)
+    assert len(found.linears) == 84
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    for name, revision in (
+        ("someone/model", None),
+        ("someone/model", "other"),
+        ("someone/else", None),
+        ("a:b/c", None),
+    ):
+        found = config()
+        found.maybe_update_config(name, hf_config=None, revision=revision)
+        assert found.linears == {}
+
+
 def test_methods_by_layer():
     linear = layer_of(compat.LinearBase, output_size=256, input_size=128)
     method = config().get_quant_method(linear, f"{ATTENTION}.qkv_proj")
