@@ -222,7 +222,7 @@ def allocate(
     wanted = Fraction(str(average_bits)) * total if math.isfinite(average_bits) else -1
     if not narrowest <= wanted <= widest:
         raise UserError(
-            f"--average_bits {average_bits}: expected from {narrowest / total:g} to {widest / total:g}, which is what "
+            f"--average-bits {average_bits}: expected from {narrowest / total:g} to {widest / total:g}, which is what "
             f"the widths {sorted(choices)} can give; choose an average between them, or other widths"
         )
     step = max(1, math.gcd(*(sizes[unit] for unit in scores)), -(-(widest - narrowest) // MAX_STEPS))

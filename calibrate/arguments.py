@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from calibrate.errors import UserError
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """None is no default: something else decides then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit; ``--a_b`` and ``--a-b`` are the same flag."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")

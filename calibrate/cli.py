@@ -16,13 +16,15 @@ from pathlib import Path
 from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from calibrate.methods import METHODS, PRESETS, compose
-from calibrate.recipe import Recipe, parse_scheme
+from calibrate.recipe import LEARNING, START, WINDOWS, Recipe, flag, parse_scheme
 from calibrate.store import discard_leftovers
 from sliderquant_vllm.checkpoint import check_replaceable
 from sliderquant_vllm.format import GROUP_SIZES, FormatError
 
 SHORT_SCHEMES = ("W4A4", "W4A16", "W3A16", "W2A16")
 EXIT_USAGE = 2
+# Of groups of recipe fields.
+ABOUT = dict.fromkeys((START, WINDOWS, LEARNING), "what is not given is as method, preset and scheme have it")
 LOG_FILE = "calibration.jsonl"
 
 
@@ -66,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(Recipe):
         if title := field.metadata.get("group"):
-            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-            group.add_argument(f"--{field.name.replace('_', '-')}", help=_help(field), **_parsing(field.default))
+            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title, ABOUT.get(title)))
+            group.add_argument(flag(field.name), help=_help(field), **_parsing(field.default))
     return parser
 
 
@@ -82,7 +84,8 @@ def _parsing(default) -> dict:
 
 def _help(field: dataclasses.Field) -> str:
     choices = field.metadata["choices"]
-    return field.metadata["help"] + (f": {', '.join(map(str, choices))}" if choices else "")
+    text = field.metadata["help"] + (f": {', '.join(map(str, choices))}" if choices else "")
+    return text if field.metadata["group"] in ABOUT else f"{text} (default: {field.default})"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -197,13 +200,13 @@ def check_output(arguments: argparse.Namespace) -> None:
     """Refuse, before any work, an output that could not be written or would replace the model itself."""
     output, model = arguments.output_dir.resolve(), Path(arguments.model).expanduser().resolve()
     if output == model or output in model.parents:
-        raise UserError(f"--output_dir {arguments.output_dir}: holds the model to be quantized; choose another")
+        raise UserError(f"--output-dir {arguments.output_dir}: holds the model to be quantized; choose another")
     if output.is_mount():
-        raise UserError(f"--output_dir {arguments.output_dir}: a mount point cannot be renamed; name a folder in it")
+        raise UserError(f"--output-dir {arguments.output_dir}: a mount point cannot be renamed; name a folder in it")
     check_replaceable(output, arguments.overwrite)
     place = next(parent for parent in output.parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {arguments.output_dir}: {place} is not a directory that can be written to")
+        raise UserError(f"--output-dir {arguments.output_dir}: {place} is not a directory that can be written to")
 
 
 def device_named(name: str):
@@ -223,7 +226,7 @@ def device_named(name: str):
 
 def _remedy(error: OSError) -> str:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    return "; free some space or choose another --output_dir" if error.errno in full else ""
+    return "; free some space or choose another --output-dir" if error.errno in full else ""
 
 
 def _version(package: str) -> str:

@@ -41,7 +41,7 @@ def check_memory(model: Model, checkpointing: bool) -> None:
         available = host_memory("MemAvailable")
     if needed > available:
         raise UserError(
-            f"--end_to_end_epochs {model.recipe.end_to_end_epochs}: keeps all {model.blocks} blocks in memory, about "
+            f"--end-to-end-epochs {model.recipe.end_to_end_epochs}: keeps all {model.blocks} blocks in memory, about "
             f"{needed / 1e9:.2f} GB; {model.device} has {available / 1e9:.2f} GB left; set it to 0, or choose "
             "--preset default"
         )
@@ -119,7 +119,7 @@ def tune(
         if not math.isfinite(loss):
             logger.warning(
                 "end to end: the loss became non-finite; keeping what the windows gave; "
-                "a smaller --lr_end_to_end may help"
+                "a smaller --lr-end-to-end may help"
             )
             return
         schedule.step()

@@ -275,8 +275,8 @@ def fit(model: Model, budget: Budget, directory: Path, checkpointing: bool = Fal
     if needed > room:
         raise UserError(
             f"--max-{name.lower()}-memory: {limit / 1e9:.2f} GB are too little for one block, which takes about "
-            f"{(needed + taken) / 1e9:.2f} GB; lower --batch_size or --seqlen, choose --preset fast or "
-            "--no-learn_rounding, or allow more"
+            f"{(needed + taken) / 1e9:.2f} GB; lower --seqlen, choose --preset fast or "
+            "--no-learn-rounding, or allow more"
         )
     allow = f"--max-{name.lower()}-memory allows more"
     if recomputes and not checkpointing:
@@ -327,13 +327,13 @@ def _parts(model: Model, place: Place) -> list[Part]:
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
     if recipe.average_bits is not None:
         states, work = sensitivity_bytes(model, shapes)
-        add("--average_bits", work, states, "leave it out, lower --seqlen, or ")
+        add("--average-bits", work, states, "leave it out, lower --seqlen, or ")
     needed = _peak(model, shapes, longest_window(recipe, model.blocks), place.checkpointing)
     streams = stream_bytes(model, recipe)
     add("its blocks", needed + streams * (place.kind == "device"), streams * (place.kind == "host"))
     if recipe.tunes:
         remedy = "set it to 0, choose --preset default, or "
-        what = f"--end_to_end_epochs {recipe.end_to_end_epochs}, with all {model.blocks} blocks at once"
+        what = f"--end-to-end-epochs {recipe.end_to_end_epochs}, with all {model.blocks} blocks at once"
         add(what, tuning_bytes(model, shapes, place.checkpointing), remedy=remedy)
     hidden, rows = model.config.hidden_size, min(model.config.vocab_size, OUTER_ROWS)
     # Itself, as it is written, and a piece.

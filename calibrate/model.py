@@ -259,7 +259,7 @@ class Model:
         if misshapen:
             found = "; ".join(f"{what} in blocks {', '.join(where)}" for what, where in misshapen.items())
             yield UserError(
-                f"--group_size {self.recipe.weights.group_size}: {found}; choose another group size, or keep these "
+                f"--group-size {self.recipe.weights.group_size}: {found}; choose another group size, or keep these "
                 "layers in 16 bits with --ignore 're:.*NAME'"
             )
 

@@ -24,6 +24,11 @@ def option(default: Any, group: str, meaning: str, choices: tuple = ()) -> Any:
     return field(default=default, metadata={"group": group, "help": meaning, "choices": choices})
 
 
+def flag(name: str) -> str:
+    """Of a field, on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 START, WINDOWS, LEARNING, DATA = "start", "windows", "learning", "calibration data"
 
 
@@ -76,7 +81,7 @@ class Recipe:
     lr_end_to_end: float = option(1.0, LEARNING, "factor on all learning rates end to end")
 
     dataset: str = option("Salesforce/wikitext:wikitext-2-raw-v1", DATA, "text file, directory, glob or hub id")
-    nsamples: int = option(128, DATA, "samples")
+    nsamples: int = option(128, DATA, "samples, of which --preset best takes more")
     seqlen: int = option(2048, DATA, "tokens per sample")
     seed: int = option(0, DATA, "seed of everything random")
 
@@ -85,7 +90,7 @@ class Recipe:
             choices, value = each.metadata.get("choices"), getattr(self, each.name)
             if choices and value not in choices:
                 expected = ", ".join(map(str, choices))
-                raise UserError(f"--{each.name}: expected one of {expected}, found {value!r}")
+                raise UserError(f"{flag(each.name)}: expected one of {expected}, found {value!r}")
         for name, least in {
             "epochs": 0,
             "end_to_end_epochs": 0,
@@ -96,21 +101,21 @@ class Recipe:
             "seed": 0,
         }.items():
             if getattr(self, name) < least:
-                raise UserError(f"--{name}: expected at least {least}, found {getattr(self, name)}")
+                raise UserError(f"{flag(name)}: expected at least {least}, found {getattr(self, name)}")
         for name in (each.name for each in fields(self) if each.name.startswith("lr_")):
             rate = getattr(self, name)
             if not (math.isfinite(rate) and rate > 0):
-                raise UserError(f"--{name}: expected a learning rate above 0, found {rate}")
+                raise UserError(f"{flag(name)}: expected a learning rate above 0, found {rate}")
         narrowest, widest = min(WEIGHT_BITS), max(WEIGHT_BITS)
         if self.average_bits is not None and not narrowest <= self.average_bits <= widest:
-            raise UserError(f"--average_bits: expected from {narrowest} to {widest}, found {self.average_bits}")
+            raise UserError(f"--average-bits: expected from {narrowest} to {widest}, found {self.average_bits}")
         if self.dual_scale and self.online_hadamard:
             raise UserError(
-                "--dual_scale: with --online_hadamard a transform stands between the two linears that it would scale; "
+                "--dual-scale: with --online-hadamard a transform stands between the two linears that it would scale; "
                 "choose one of them"
             )
         if self.learn_shift and not self.correction:
-            raise UserError("--learn_shift: learns the shift of --correction; add it")
+            raise UserError("--learn-shift: learns the shift of --correction; add it")
         if self.seed >= 2**32:
             raise UserError(f"--seed: expected less than 2**32, found {self.seed}")
         stages = self.stages
@@ -190,6 +195,6 @@ def parse_scheme(text: str, group_size: int, symmetric: bool) -> tuple[WeightSch
             f"such as W4A16 or W4A4, found {text!r}"
         )
     if group_size not in GROUP_SIZES:
-        raise UserError(f"--group_size: expected one of {list(GROUP_SIZES)} (-1: per channel), found {group_size}")
+        raise UserError(f"--group-size: expected one of {list(GROUP_SIZES)} (-1: per channel), found {group_size}")
     activations = None if activation_bits == 16 else ActivationScheme(activation_bits)
     return WeightScheme(weight_bits, group_size, symmetric), activations

@@ -77,7 +77,7 @@ def reconstruct(
             )
     raise UserError(
         f"blocks {blocks[0].name} to {blocks[-1].name}: the loss stays non-finite at {factor:g} of the learning rates; "
-        "lower --lr_rounding, --lr_clip, --lr_scale and --lr_lora, or check the calibration text"
+        "lower --lr-rounding, --lr-clip, --lr-scale and --lr-lora, or check the calibration text"
     )
 
 

@@ -158,7 +158,7 @@ class RunDirectory(Store):
                 self._lock = _Lock(self.target)
             except BlockingIOError:
                 raise UserError(
-                    f"--output_dir {output_dir}: another calibration is writing there; wait for it, or choose another"
+                    f"--output-dir {output_dir}: another calibration is writing there; wait for it, or choose another"
                 ) from None
             self._take_back()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ def test_units_take_only_widths_that_they_have_scores_for():
 @pytest.mark.parametrize("average_bits", [1.9, 4.5, float("nan"), float("inf")])
 def test_an_average_out_of_reach_is_refused(average_bits):
     scores = {"a": {2: 1.0, 4: 0.1}}
-    with pytest.raises(UserError, match=rf"--average_bits {average_bits}: expected from 2 to 4, .*\[2, 4\].*choose"):
+    with pytest.raises(UserError, match=rf"--average-bits {average_bits}: expected from 2 to 4, .*\[2, 4\].*choose"):
         allocate(scores, {"a": 7}, average_bits, (2, 4))
 
 

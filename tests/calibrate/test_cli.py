@@ -58,7 +58,7 @@ def test_a_checkpoint_holds_what_was_calibrated(tmp_path, text_file, scheme):
         scheme,
         "--dataset",
         str(text_file),
-        "--output_dir",
+        "--output-dir",
         str(output),
     ]
     assert main([*argv, *SMALL, "--eval-dataset", __file__]) == 0
@@ -135,7 +135,7 @@ def test_a_rotated_model_with_tied_embeddings_is_untied(tmp_path, text_file):
         (["--model", "{tiny}"], "--scheme: expected one"),
         (["--model", "{tiny}", "--scheme", "W5A16"], "found 'W5A16'"),
         (["--model", "{tiny}", "--w4a4", "--scheme", "W4A16"], "not allowed with"),
-        (["--model", "{tiny}", "--w4a16", "--group_size", "48"], "--group_size: expected one of"),
+        (["--model", "{tiny}", "--w4a16", "--group-size", "48"], "--group-size: expected one of"),
         (["--model", "{tiny}", "--w4a16", "--nsamples", "many"], "invalid int value"),
         (["--model", "{tiny}", "--w4a16", "--dataset", "{tmp}/empty.txt"], "no text in it"),
         (["--model", "{tiny}", "--w4a16", "--dataset", "{text}", "--nsamples", "999"], "at least 999 x 2048"),

@@ -47,7 +47,7 @@ def test_a_diverging_tuning_keeps_what_it_was_given(tmp_path, caplog):
     store = Store()
     with caplog.at_level(logging.WARNING):
         tune(model, store, SAMPLES, lambda loss: None)
-    assert not store.states and "--lr_end_to_end" in caplog.text
+    assert not store.states and "--lr-end-to-end" in caplog.text
 
 
 def test_a_tuning_that_dies_goes_on_behind_the_last_step_it_kept(tmp_path, monkeypatch):

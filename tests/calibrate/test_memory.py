@@ -316,10 +316,10 @@ def test_what_does_not_fit_is_refused_before_any_work(directories, tmp_path, cho
     model = Model(directories["llama"], recipe(seqlen=2048, **chosen), CPU)
     shapes = [Shapes.of(model, index) for index in range(model.blocks)]
     if "average_bits" in chosen:
-        needed, match = sum(sensitivity_bytes(model, shapes)), "--average_bits, which takes about .* leave it out"
+        needed, match = sum(sensitivity_bytes(model, shapes)), "--average-bits, which takes about .* leave it out"
     elif chosen:
         needed = tuning_bytes(model, shapes, checkpointing=True)
-        match = "--end_to_end_epochs 1, with all 3 blocks at once, which takes about .* set it to 0.* or allow more"
+        match = "--end-to-end-epochs 1, with all 3 blocks at once, which takes about .* set it to 0.* or allow more"
     else:
         model.config.vocab_size = 10**6
         needed, match = (

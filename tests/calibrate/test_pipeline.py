@@ -220,7 +220,7 @@ def test_a_diverging_run_backs_off_and_then_says_why(random_model, caplog):
     model = Model(random_model, small_recipe(lr_lora=1e30), CPU)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(UserError, match=r"blocks model.layers.0 .*lower --lr_rounding"),
+        pytest.raises(UserError, match=r"blocks model.layers.0 .*lower --lr-rounding"),
     ):
         calibrate(model, samples, Losses())
     for rate, message in zip(("0.1", "0.01", "0.001"), caplog.messages, strict=True):

@@ -347,7 +347,7 @@ def test_a_tuning_beyond_what_it_may_take_is_a_problem(argv, roughly, monkeypatc
     monkeypatch.setattr(memory, "tuning_bytes", lambda *_, **__: 10**9)
     flags = ["--w2a16", "--preset", "best", "--seqlen", "32", "--nsamples", "4", "--max-host-memory", "1GB"]
     assert main([*argv, *flags, "--dry-run"]) == 2
-    assert "--end_to_end_epochs 3, with all 3 blocks at once, which takes about 1.51 GB" in capsys.readouterr().err
+    assert "--end-to-end-epochs 3, with all 3 blocks at once, which takes about 1.51 GB" in capsys.readouterr().err
 
 
 def test_a_block_that_is_ignored_is_not_the_one_that_is_timed(source, tmp_path, roughly):
