@@ -201,7 +201,7 @@ def task_argv(arguments: argparse.Namespace, job: Job) -> list[str]:
         engine["quantization"] = "sliderquant"
     names = ",".join(TASKS[task][0] for task in job.tasks)
     argv = ["--model", "vllm", "--model_args", ",".join(f"{key}={value}" for key, value in engine.items())]
-    argv += ["--tasks", names, "--num_fewshot", "0", "--batch-size", "auto"]
+    argv += ["--tasks", names, "--num_fewshot", "0", "--batch_size", "auto"]
     argv += ["--limit", str(arguments.limit)] if arguments.limit else []
     return [*argv, "--output_path", str(task_folder(arguments, job))]
 
