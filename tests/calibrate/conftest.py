@@ -1,8 +1,12 @@
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.calibrate.models import write_random_model
+from tests.helpers import TINY_LLAMA
 
 
 @pytest.fixture
@@ -11,6 +15,15 @@ def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(Path(argparse.__file__).read_text())
     return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A random model with a tokenizer."""
+    model = write_random_model(tmp_path / "model", "llama", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_LLAMA / name, model)
+    return model
 
 
 @pytest.fixture(autouse=True)

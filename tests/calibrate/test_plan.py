@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +19,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.cells import Silent
-from calibrate import end_to_end, memory, pipeline, probe
+from calibrate import end_to_end, memory, probe
 from calibrate.activations import Place
 from calibrate.cli import main, parse_arguments, recipe_from
-from calibrate.costs import Costs, Counts, Sizes, counts, phases
 from calibrate.layouts import FAMILIES
 from calibrate.memory import Budget, host_memory
 from calibrate.model import Model
@@ -38,23 +36,13 @@ from calibrate.plan import (
     split_lines,
     split_problem,
 )
-from calibrate.store import RunDirectory, Store
+from calibrate.store import RunDirectory
 from sliderquant_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 from sliderquant_vllm.packing import pack_linear
 from sliderquant_vllm.shards import Reader
-from tests.calibrate.models import write_random_model
-from tests.helpers import TINY_LLAMA
+from tests.calibrate.test_costs import RUNS
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A random model with a tokenizer."""
-    model = write_random_model(tmp_path / "model", "llama", vocab_size=2048)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY_LLAMA / name, model)
-    return model
 
 
 @pytest.fixture
@@ -212,66 +200,6 @@ def test_bytes_of_a_linear_are_those_that_are_packed(scheme):
         torch.zeros(64, 192, dtype=torch.uint8), torch.ones(64, groups, dtype=dtype), zero_point, scheme
     )
     assert linear_bytes(LinearScheme(scheme), 64, 192) == sum(tensor.nbytes for tensor in packed.values())
-
-
-WINDOWS = ["--shallow", "2", "--deep", "1", "--window", "2", "--stride", "1", "--epochs", "2"]
-RUNS = {
-    "windows": ["--w4a4", *WINDOWS],
-    "fast": ["--w2a16", "--preset", "fast"],
-    "two sweeps": ["--w4a4", "--preset", "paper", *WINDOWS, "--stages", "0.5", "1"],
-    "start and two sweeps": ["--w4a16", *WINDOWS, "--stages", "0.5", "1"],
-    "end to end": ["--w2a16", *WINDOWS, "--end-to-end-epochs", "2"],
-    "nearest": ["--w4a16", "--method", "rtn"],
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_what_is_counted_is_what_a_run_does(source, name, monkeypatch):
-    recipe = recipe_from(parse_arguments(["--model", "x", *RUNS[name], "--nsamples", "2", "--seqlen", "8"]))
-    model, found = Model(source, recipe, CPU), Counts()
-
-    def counting(owner, attribute, of):
-        original = getattr(owner, attribute)
-
-        def counted(*args, **kwargs):
-            field, number = of(*args)
-            setattr(found, field, getattr(found, field) + number)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, attribute, counted)
-
-    def ran(block, *_):
-        prepared = any(linear.computed is not None for linear in block.linears.values())
-        return ("quantized" if prepared else "plain"), 1
-
-    counting(Model, "block", lambda *_: ("built", 1))
-    counting(pipeline, "start_block", lambda *_: ("started", 1))
-    counting(pipeline, "run_in_place", ran)
-    counting(end_to_end, "run_in_place", ran)
-    counting(Store, "put_state", lambda *_: ("states", 1))
-    counting(Store, "put_stream", lambda *_: ("streams", 1))
-    calibrated = pipeline.calibrate(model, torch.randint(0, 96, (2, 8)), Silent(), on_finished=lambda *_: None)
-    found.epochs = sum(each.epochs * (each.window.last - each.window.first + 1) for each, _ in calibrated.results)
-    found.tuned = recipe.end_to_end_epochs * model.blocks
-    assert found == counts(recipe, model.blocks)
-
-
-def test_times_follow_from_costs_and_counts():
-    ones = Costs(**{each.name: 1.0 for each in fields(Costs)})
-    recipe = recipe_from(parse_arguments(["--model", "x", *RUNS["windows"], "--nsamples", "7", "--batch-size", "3"]))
-    count, sizes = counts(recipe, 5), Sizes(blocks=5, outer=11, stream=13, checkpoint=17)
-    found = phases(ones, recipe, sizes)
-    assert found["windows"] == count.epochs * (7 + 3)  # samples and steps
-    assert found["starting values"] == 5 * (1 + 4 * (1 + 7) + 7)
-    assert found["writing and checking"] == 5 + 11 + 2 * 17
-    assert found.keys().isdisjoint({"end to end", "perplexity", "sensitivities"})
-    further = replace(recipe, average_bits=3.5, end_to_end_epochs=2)
-    more = phases(ones, further, replace(sizes, evaluated=3))
-    assert more["end to end"] == 2 * (5 * (7 + 3) + 4 * 7)
-    assert more["perplexity"] == 2 * (5 * 2 + 3 * (5 + 1))
-    assert phases(replace(ones, sample=2.0), recipe, sizes)["windows"] == count.epochs * (2 * 7 + 3)
-    nearest = recipe_from(parse_arguments(["--model", "x", *RUNS["nearest"]]))
-    assert phases(ones, nearest, sizes).keys() == {"reading and transforming", "writing and checking"}
 
 
 ESTIMATE_AND_RUN = r"""
