@@ -17,7 +17,7 @@ from calibrate.arguments import Parser
 from calibrate.errors import UserError
 from calibrate.methods import METHODS, PRESETS, compose
 from calibrate.recipe import LEARNING, START, WINDOWS, Recipe, flag, parse_scheme
-from calibrate.store import discard_leftovers
+from calibrate.store import discard_leftovers, parent_of, takes_files
 from sliderquant_vllm.checkpoint import check_replaceable
 from sliderquant_vllm.format import GROUP_SIZES, FormatError
 
@@ -204,8 +204,8 @@ def check_output(arguments: argparse.Namespace) -> None:
     if output.is_mount():
         raise UserError(f"--output-dir {arguments.output_dir}: a mount point cannot be renamed; name a folder in it")
     check_replaceable(output, arguments.overwrite)
-    place = next(parent for parent in output.parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    place = parent_of(output)
+    if not takes_files(place):
         raise UserError(f"--output-dir {arguments.output_dir}: {place} is not a directory that can be written to")
 
 

@@ -37,7 +37,7 @@ from calibrate.pipeline import passes
 from calibrate.probe import measure
 from calibrate.quantizer import scale_dtype
 from calibrate.recipe import Recipe
-from calibrate.store import partial_directory
+from calibrate.store import parent_of, partial_directory, takes_files
 from sliderquant_vllm.format import FormatError, LinearScheme
 from sliderquant_vllm.packing import expected_tensors
 
@@ -226,15 +226,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return plan
 
 
-def _existing(output: Path) -> Path:
-    """The directory, perhaps some levels up, that an output would be made in."""
-    return next(parent for parent in output.parents if parent.exists())
-
-
 def _timed_in(plan: Plan, output: Path) -> Path | None:
     """Where writing is timed: beside the output, or where temporary files go."""
-    directory = _existing(output)
-    if directory.is_dir() and os.access(directory, os.W_OK | os.X_OK):
+    directory = parent_of(output)
+    if takes_files(directory):
         return directory
     plan.notes.append(f"{directory} cannot be written to: the time for writing is that of {tempfile.gettempdir()}")
     return None
@@ -243,7 +238,7 @@ def _timed_in(plan: Plan, output: Path) -> Path | None:
 def _compare_needs(plan: Plan, place: Place, budget: Budget, output: Path) -> None:
     """What a run takes, beside what it may take and the machine has."""
     model, peak = plan.model, expected(plan.model, place)
-    exists = _existing(output)
+    exists = parent_of(output)
     unfinished = partial_directory(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     less = "lower --max-host-memory, --seqlen or --nsamples"

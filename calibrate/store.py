@@ -70,6 +70,16 @@ def partial_directory(output: Path) -> Path:
     return output.parent / f".{output.name}.partial"
 
 
+def parent_of(output: Path) -> Path:
+    """The directory, perhaps some levels up, that an output would be made in."""
+    return next(parent for parent in output.parents if parent.exists())
+
+
+def takes_files(directory: Path) -> bool:
+    """Whether it is one, and may be written to."""
+    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
+
+
 def _aside(output: Path) -> Path:
     """Where the folder of a run waits while its checkpoint is put in place."""
     return partial_directory(output).with_suffix(".run")
@@ -166,10 +176,11 @@ class RunDirectory(Store):
         self.position, self.files, self.serial = parallel.from_first((self.position, self.files, self.serial))
 
     def _take_back(self) -> None:
-        """Bring back the folder that a run had set aside when it died."""
+        """Bring back the folder that a run had set aside when it died; behind a finished one it is a leftover."""
         aside = _aside(self.target)
-        if self.directory.exists() and aside.exists():
+        if aside.exists() and self.directory.exists() and not self.folder.exists():
             os.rename(aside, self.folder)
+        _remove(aside)
 
     def _resume(self, restart: bool) -> None:
         manifest = self.folder / "run.json"
@@ -284,7 +295,6 @@ class RunDirectory(Store):
     def complete(self, overwrite: bool) -> None:
         """Turn the directory into the finished checkpoint. Raises OSError where it cannot, and the run can go on."""
         aside = _aside(self.target)
-        _remove(aside)
         os.rename(self.folder, aside)
         try:
             put_in_place(self.directory, self.target, overwrite)

@@ -158,6 +158,17 @@ def test_the_last_steps_lose_nothing(tmp_path, command, capfd, name, function):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_leftover_of_a_finished_run_is_not_what_a_new_one_goes_on_from(tmp_path):
+    """Its checkpoint was deleted by hand, and the new run died."""
+    old, new = tmp_path / ".out.run" / "run.json", tmp_path / ".out.partial" / "run" / "new"
+    for path in (old, new):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with store.run_directory(tmp_path / "out", {}, restart=False) as run:
+        assert run.position is None
+        assert not old.parent.exists() and run.folder.exists()
+
+
 def test_what_cannot_be_read_any_more_is_named(tmp_path, command, capfd):
     output = tmp_path / "out"
     interrupted(command, output, "--w2a16", *WINDOWS)
