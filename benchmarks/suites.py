@@ -201,7 +201,7 @@ def estimate(settings: Settings, model_name: str) -> dict[str, dict[str, float]]
     """Block -> bits -> estimated KL of rounding the weights of that block alone, nats per token."""
     import torch
 
-    from calibrate.allocation import SENSITIVITY_TOKENS, block_sensitivities, sensitivities
+    from calibrate.allocation import block_sensitivities, sensitivities, sensitivity_samples
     from calibrate.data import calibration_samples
     from calibrate.hub import resolve_model
     from calibrate.model import Model
@@ -209,7 +209,7 @@ def estimate(settings: Settings, model_name: str) -> dict[str, dict[str, float]]
     recipe = recipe_of(settings.flags(model_name, settings.schemes[0], "rtn"))
     model = Model(resolve_model(model_name), recipe, torch.device("cpu"))
     samples = calibration_samples(model.tokenizer, recipe.dataset, recipe.nsamples, recipe.seqlen, recipe.seed)
-    few = samples[: max(SENSITIVITY_TOKENS // recipe.seqlen, 1)]
+    few = samples[: sensitivity_samples(*samples.shape)]
     found = block_sensitivities(sensitivities(model, few))
     return {str(block): {str(bits): value for bits, value in scores.items()} for block, scores in sorted(found.items())}
 

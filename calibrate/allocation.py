@@ -27,7 +27,7 @@ from calibrate.model import Model
 from calibrate.quantizer import fake_quantize_weight, weight_bounds
 from sliderquant_vllm.format import FUSED_MODULES, WEIGHT_BITS, WeightScheme
 
-SENSITIVITY_TOKENS = 8192  # that a run measures with
+SENSITIVITY_TOKENS = 8192
 MAX_STEPS = 1 << 18  # of the budget in `allocate`, where each takes a byte per unit
 
 
@@ -57,6 +57,11 @@ def units(layout: BlockLayout) -> dict[str, tuple[str, ...]]:
         name = ".".join((*stem, fused_names.get(leaf, leaf)))
         found[name] = (*found.get(name, ()), path)
     return found
+
+
+def sensitivity_samples(nsamples: int, seqlen: int) -> int:
+    """Of those that a run has, how many it measures sensitivities with."""
+    return min(nsamples, max(SENSITIVITY_TOKENS // seqlen, 1))
 
 
 def sensitivities(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from calibrate.allocation import SENSITIVITY_TOKENS
+from calibrate.allocation import sensitivity_samples
 from calibrate.pipeline import passes
 from calibrate.recipe import Recipe
 
@@ -115,7 +115,7 @@ def phases(costs: Costs, recipe: Recipe, sizes: Sizes) -> dict[str, float]:
     collecting = COLLECTING + CORRECTING * recipe.correction
     start = costs.start + collecting * (costs.prepare + forward) + samples * costs.statistics
     epoch = samples * costs.sample + math.ceil(samples / recipe.batch_size) * costs.step
-    few = min(samples, max(SENSITIVITY_TOKENS // recipe.seqlen, 1)) if recipe.average_bits is not None else 0
+    few = 0 if recipe.average_bits is None else sensitivity_samples(samples, recipe.seqlen)
     evaluation = blocks * (costs.build + costs.prepare) + sizes.evaluated * (blocks * costs.forward + costs.head)
     found = {
         "sensitivities": bool(few) * blocks * (2 * costs.build + SENSITIVITY_FORWARDS * few * costs.forward),

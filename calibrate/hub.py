@@ -26,6 +26,11 @@ SHORT_NAMES = {
 }
 
 
+def hub_id(name: str) -> str:
+    """What a short name stands for; any other name as it is."""
+    return SHORT_NAMES.get(name.lower(), name)
+
+
 def resolve_model(name: str, download: bool = True) -> Path:
     """The directory of a model named by a directory, a short name or a hub id. Raises UserError if there is none.
 
@@ -42,7 +47,7 @@ def resolve_model(name: str, download: bool = True) -> Path:
     try:
         return Path(
             snapshot_download(
-                SHORT_NAMES.get(name.lower(), name),
+                hub_id(name),
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"],
                 ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights
                 local_files_only=not download,
@@ -51,7 +56,7 @@ def resolve_model(name: str, download: bool = True) -> Path:
     except Exception as error:
         reason = f"the hub did not give it ({first_line(error)})"
         if not download:
-            reason = f"it was not downloaded before: do that with 'hf download {SHORT_NAMES.get(name.lower(), name)}'"
+            reason = f"it was not downloaded before: do that with 'hf download {hub_id(name)}'"
         raise UserError(
             f"--model {name}: no such directory, and {reason}; name a model directory, a hub id, or one of "
             f"{', '.join(SHORT_NAMES)}"

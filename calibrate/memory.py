@@ -17,7 +17,7 @@ import torch
 
 from calibrate import parallel, products
 from calibrate.activations import Place
-from calibrate.allocation import SENSITIVITY_TOKENS
+from calibrate.allocation import sensitivity_samples
 from calibrate.errors import UserError
 from calibrate.model import OUTER_ROWS, Model
 from calibrate.recipe import Recipe
@@ -159,10 +159,10 @@ def _collected(model: Model, index: int) -> int:
     Those of a norm's readers, and those of all downs, come from one pass over the samples, and every expert has its own
     (calibrate.start).
     """
-    layer, layout, config = model.skeleton.model.layers[index], model.layouts[index], model.quantization_config()
+    layer, layout = model.skeleton.model.layers[index], model.layouts[index]
     downs, passes = {mlp.down for mlp in layout.mlps}, Counter()
     for pair, (path, *_) in layout.sites:
-        if config.scheme_for(f"model.layers.{index}.{path}"):
+        if f"model.layers.{index}.{path}" in model.quantized:
             passes["downs" if path in downs else pair] += layer.get_submodule(path).weight.shape[1] ** 2
     return max(passes.values(), default=0)
 
@@ -207,7 +207,7 @@ def tuning_bytes(model: Model, shapes: list[Shapes], checkpointing: bool) -> int
 def sensitivity_bytes(model: Model, shapes: list[Shapes]) -> tuple[int, int]:
     """Peak while bits are chosen by sensitivity: what the host keeps of every block, and the work on the device."""
     recipe, config = model.recipe, model.config
-    samples = min(recipe.nsamples, max(SENSITIVITY_TOKENS // recipe.seqlen, 1))
+    samples = sensitivity_samples(recipe.nsamples, recipe.seqlen)
     states = samples * recipe.seqlen * config.hidden_size  # behind one block
     head = config.vocab_size * (config.hidden_size + LOGITS * recipe.seqlen)
     tokens = min(recipe.batch_size, samples) * recipe.seqlen
@@ -239,7 +239,7 @@ def longest_window(recipe: Recipe, blocks: int) -> int:
 
 def most_samples(recipe: Recipe) -> int:
     """Samples of the rank that has the most, the first one; see ``parallel.Share``."""
-    return sum(number % recipe.batch_size % parallel.world() == 0 for number in range(recipe.nsamples))
+    return int((parallel.ranks_of(recipe.nsamples, recipe.batch_size) == 0).sum())
 
 
 def stream_bytes(model: Model, recipe: Recipe) -> int:

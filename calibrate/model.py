@@ -167,17 +167,17 @@ class Model:
             online_hadamard=tuple(
                 OnlineHadamard(match, size)
                 for match, size in {_in_any_block(path): size for path, size in self.online_hadamard.items()}.items()
-                if any(matches(match, name) for name in self._quantized)
+                if any(matches(match, name) for name in self.quantized)
             ),
             added_bias=tuple(dict.fromkeys(self._added_bias())) if recipe.correction else (),
             calibration=calibration or {},
         )
 
     @cached_property
-    def _quantized(self) -> dict[str, None]:
-        """Names of all linears but those that ``ignore`` keeps in 16 bits, routers among them."""
+    def quantized(self) -> set[str]:
+        """Names of all linears of blocks but those that ``ignore`` keeps in 16 bits."""
         names = (f"model.layers.{index}.{path}" for index in range(self.blocks) for path in self.layouts[index].linears)
-        return {name: None for name in names if not any(matches(pattern, name) for pattern in self.recipe.ignore)}
+        return {name for name in names if not any(matches(pattern, name) for pattern in self.recipe.ignore)}
 
     def _overrides(self) -> tuple[Override, ...]:
         """One entry per linear whose bits are not the recipe's, experts of a block together."""
@@ -198,7 +198,7 @@ class Model:
         for index, layout in enumerate(self.layouts):
             for path in () if layout.routers else layout.readers[layout.mlp_norm]:
                 name = f"model.layers.{index}.{path}"
-                if name in self._quantized and f"{name}.bias" not in self.reader.headers:
+                if name in self.quantized and f"{name}.bias" not in self.reader.headers:
                     yield _in_any_block(path)
 
     def schemes(self, index: int) -> dict[str, LinearScheme | None]:
@@ -242,7 +242,7 @@ class Model:
         for pattern in self.recipe.ignore:
             if pattern != "lm_head" and not any(matches(pattern, name) for name in names):
                 yield UserError(f"--ignore {pattern}: matches no linear; they are named like {names[0]}")
-        if not any(map(config.scheme_for, names)):
+        if not self.quantized:
             yield UserError("--ignore: leaves no linear to quantize; name fewer")
         disagreements: dict[str, FormatError] = {}
         misshapen: dict[str, dict[str, None]] = {}

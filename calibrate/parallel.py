@@ -103,14 +103,17 @@ def check_work(samples: int, batch_size: int) -> None:
         )
 
 
+def ranks_of(samples: int, batch_size: int) -> Tensor:
+    """Who has each sample, int64 [samples]: places of a batch, see ``Share.shuffled``, go round the ranks."""
+    return torch.arange(samples) % batch_size % world()
+
+
 class Share:
     """The samples of this rank: ``numbers``, int64, their indices among all ``samples``, ascending."""
 
     def __init__(self, samples: int, batch_size: int):
-        everything = torch.arange(samples)
         self.samples, self.batch_size = samples, batch_size
-        # Places of a batch, see ``shuffled``, go round the ranks.
-        self.numbers = everything[everything % batch_size % world() == rank()]
+        self.numbers = (ranks_of(samples, batch_size) == rank()).nonzero().flatten()
         self._local = torch.full((samples,), -1).index_copy_(0, self.numbers, torch.arange(len(self.numbers)))
 
     def shuffled(self, generator: torch.Generator) -> list[tuple[list[int], int]]:

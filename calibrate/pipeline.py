@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibrate import parallel
 from calibrate.activations import Activations, Place
-from calibrate.allocation import SENSITIVITY_TOKENS, allocate, sensitivities
+from calibrate.allocation import allocate, sensitivities, sensitivity_samples
 from calibrate.blocks import CalibrationBlock, run_in_place
 from calibrate.end_to_end import TUNING, check_memory, tune
 from calibrate.experts import counting
@@ -203,7 +203,7 @@ class Position:
 
 def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
     """Give every linear the bits that its sensitivity earns under the recipe's average."""
-    few = samples[: max(SENSITIVITY_TOKENS // samples.shape[1], 1)]
+    few = samples[: sensitivity_samples(*samples.shape)]
     progress.phase("sensitivities", model.blocks, -(-len(few) // model.recipe.batch_size))
     found = sensitivities(model, few, seed=model.recipe.seed, on_block=lambda index: progress.step(float("nan")))
     bits = allocate(found.scores, found.sizes, model.recipe.average_bits)

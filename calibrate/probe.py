@@ -245,8 +245,7 @@ def usual_block(model: Model) -> int:
 
 def _plain(model: Model, index: int) -> tuple[str, ...]:
     """The linears of a block that stay in 16 bits."""
-    config = model.quantization_config()
-    return tuple(path for path in model.layouts[index].linears if not config.scheme_for(f"model.layers.{index}.{path}"))
+    return tuple(path for path in model.layouts[index].linears if f"model.layers.{index}.{path}" not in model.quantized)
 
 
 def _recipe_of(model: Model, index: int) -> Recipe:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from calibrate.experts import token_table
-from calibrate.hub import SHORT_NAMES
+from calibrate.hub import hub_id
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
 from sliderquant_vllm.format import LinearScheme
@@ -39,9 +39,9 @@ Calibration tokens per expert; starved ones lean on their block's statistics.
 
 {table}
 """
-    parent = calibration["model"]
-    is_local = Path(parent).is_dir()
-    parent = Path(parent).name if is_local else SHORT_NAMES.get(parent, parent)
+    directory = Path(calibration["model"])
+    parent = directory.name if directory.is_dir() else hub_id(calibration["model"])
+    base = "" if directory.is_dir() else f"base_model: {parent}\n"
     cache = f", with a cache of {recipe.kv_bits} bits that the server does not have" if recipe.kv_bits != 16 else ""
     perplexity = calibration.get("perplexity")
     quality = (
@@ -55,8 +55,8 @@ calibration{cache}: 16-bit {perplexity["16-bit"]:.4f}, quantized {perplexity["qu
         else ""
     )
     return f"""---
-library_name: vllm{"" if is_local else f"{chr(10)}base_model: {parent}"}
-tags:
+library_name: vllm
+{base}tags:
 - sliderquant
 - quantized
 ---
