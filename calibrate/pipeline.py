@@ -17,16 +17,21 @@ from calibrate.end_to_end import TUNING, check_memory, tune
 from calibrate.experts import counting
 from calibrate.model import Model
 from calibrate.parallel import Share
+from calibrate.recipe import Recipe
 from calibrate.reconstruct import WindowResult, reconstruct
 from calibrate.start import start_block
 from calibrate.store import State, Store
 from calibrate.windows import Window
 
 
+# What the initial values of a block cost, in steps of it over all samples.
+START_PASSES = 2
+
+
 class Progress(Protocol):
     """Where the pipeline reports to. A step counts as ``size`` blocks of one batch."""
 
-    def resume(self, finished: list[Pass], tuning_steps: int) -> None: ...
+    def resume(self, finished: list[Pass], tuning_steps: int, bits_chosen: bool) -> None: ...
     def window(self, number: int, total: int, window: Window, ratio: float, steps: int) -> None: ...
     def phase(self, title: str, steps: int, size: int) -> None: ...
     def step(self, loss: float) -> None: ...
@@ -142,7 +147,8 @@ class _Sweep:
             block, state = self.model.block(index), self.store.state(index)
             starts = state is None and self.model.recipe.needs_start
             if starts:
-                progress.phase(f"starting values of block {index}", 1, -(-len(self.inputs) // self.share.batch_size))
+                batches = -(-self.share.samples // self.share.batch_size)
+                progress.phase(f"starting values of block {index}", 1, START_PASSES * batches)
                 if entry is None:
                     entry = self.inputs.clone() if self.blocks else self.inputs
                     for before in self.blocks:
@@ -201,10 +207,14 @@ class Position:
         return cls(**{name: value for name, value in stored.items() if name != "losses"}, results=results)
 
 
+def sensitivity_batches(recipe: Recipe, samples: int) -> int:
+    return -(-sensitivity_samples(samples, recipe.seqlen) // recipe.batch_size)
+
+
 def choose_bits(model: Model, samples: Tensor, progress: Progress) -> None:
     """Give every linear the bits that its sensitivity earns under the recipe's average."""
     few = samples[: sensitivity_samples(*samples.shape)]
-    progress.phase("sensitivities", model.blocks, -(-len(few) // model.recipe.batch_size))
+    progress.phase("sensitivities", model.blocks, sensitivity_batches(model.recipe, len(samples)))
     found = sensitivities(model, few, seed=model.recipe.seed, on_block=lambda index: progress.step(float("nan")))
     bits = allocate(found.scores, found.sizes, model.recipe.average_bits)
     model.bits = {linear: bits[unit] for unit, linears in found.linears.items() for linear in linears}
@@ -240,10 +250,11 @@ def calibrate(
     model.bits = at.bits
     finished = [len(sweep) for sweep in sweeps[: at.sweep]] + [at.passes]
     passed = [each for sweep, count in zip(sweeps, finished, strict=False) for each in sweep[:count]]
-    progress.resume(passed, at.tuning_steps)
+    progress.resume(passed, at.tuning_steps, bits_chosen=bool(model.bits))
     if recipe.average_bits is not None and not model.bits:
         choose_bits(model, samples, progress)
         model.bits = parallel.from_first(model.bits)
+        store.commit(Position(bits=model.bits).to_dict())
 
     def hand_over(index: int, block: CalibrationBlock) -> None:
         on_finished(index, block)

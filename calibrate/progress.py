@@ -13,12 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from calibrate.pipeline import Pass, passes
+from calibrate.pipeline import START_PASSES, Pass, passes, sensitivity_batches
 from calibrate.recipe import Recipe
 from calibrate.reconstruct import WindowResult
 from calibrate.windows import Window
-
-START_PASSES = 2  # what the initial values of a block cost, in steps over all samples
 
 
 class RunProgress:
@@ -37,6 +35,8 @@ class RunProgress:
         self.work = self._work([each for sweep in passes(recipe, blocks) for each in sweep])
         if recipe.tunes:
             self.work += recipe.end_to_end_epochs * self.batches * blocks
+        self.choosing = 0 if recipe.average_bits is None else blocks * sensitivity_batches(recipe, samples)
+        self.work += self.choosing
         self.done = self.resumed = self.size = self.steps = 0
         self.console, self.interactive = console, console.is_terminal and not console.quiet
         self.started = self.phase_started = time.monotonic()
@@ -60,8 +60,8 @@ class RunProgress:
     def __exit__(self, *exception) -> None:
         self.bar.stop()
 
-    def resume(self, finished: list[Pass], tuning_steps: int) -> None:
-        self.done = self.resumed = self._work(finished) + tuning_steps * self.blocks
+    def resume(self, finished: list[Pass], tuning_steps: int, bits_chosen: bool) -> None:
+        self.done = self.resumed = self._work(finished) + tuning_steps * self.blocks + bits_chosen * self.choosing
         self.bar.update(self.task, completed=self.done)
 
     def phase(self, title: str, steps: int, size: int) -> None:

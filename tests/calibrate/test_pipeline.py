@@ -31,7 +31,7 @@ class Losses:
     def __init__(self):
         self.windows, self.steps, self.results = [], [], []
 
-    def resume(self, finished, tuning_steps):
+    def resume(self, finished, tuning_steps, bits_chosen):
         self.resumed = (len(finished), tuning_steps)
 
     def window(self, number, total, window, ratio, steps):

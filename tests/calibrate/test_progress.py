@@ -4,14 +4,17 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
-from calibrate.pipeline import passes
+from calibrate.model import Model
+from calibrate.pipeline import calibrate, passes
 from calibrate.progress import RunProgress, peak_memory
 from calibrate.recipe import Recipe
 from calibrate.reconstruct import WindowResult
 from calibrate.windows import Window
 from sliderquant_vllm.format import WeightScheme
+from tests.calibrate.models import write_random_model
 
 FIRST = Window(0, 0)
 RECIPE = Recipe(weights=WeightScheme(4), learn_clip=True, epochs=2, batch_size=3, seqlen=10, shallow=1, deep=1)
@@ -57,7 +60,7 @@ def test_time_left_is_of_the_whole_run_and_in_the_log(tmp_path, clock):
 def test_what_another_process_did_takes_no_time(tmp_path, clock):
     progress, _ = shown(tmp_path)
     first, second, *_ = passes(RECIPE, 4)[0]
-    progress.resume([first], 0)
+    progress.resume([first], 0, False)
     assert math.isnan(progress.remaining)
     run_window(progress, clock, 2, second.window)
     size = second.window.last - second.window.first + 1
@@ -68,8 +71,28 @@ def test_steps_of_the_tuning_that_another_process_did_count(tmp_path, clock):
     recipe = replace(RECIPE, end_to_end_epochs=2)
     progress, _ = shown(tmp_path, recipe=recipe)
     everything = [each for sweep in passes(recipe, 4) for each in sweep]
-    progress.resume(everything, 3)
+    progress.resume(everything, 3, False)
     assert progress.work - progress.done == (2 * progress.batches - 3) * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounding_start": "gptq"},
+        {"rounding_start": "gptq", "epochs": 0},
+        {"stages": (0.5, 1.0), "stage_order": "inner"},
+        {"average_bits": 3.5},
+        {"average_bits": 3.5, "end_to_end_epochs": 1},
+    ],
+    ids=str,
+)
+def test_all_work_is_done_at_the_end_and_all_that_is_done_was_planned(tmp_path, changes):
+    recipe = replace(RECIPE, nsamples=8, seqlen=32, **changes)
+    model = Model(write_random_model(tmp_path / "model", "llama"), recipe, torch.device("cpu"))
+    samples = torch.randint(0, 96, (8, 32))
+    progress = RunProgress(Console(quiet=True), recipe, model.blocks, len(samples), tmp_path / "log.jsonl")
+    calibrate(model, samples, progress)
+    assert progress.done == progress.work > 0
 
 
 def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, clock):
