@@ -1,7 +1,7 @@
 // Fake quantization of a weight and its gradient, one pass over memory each. For every instruction set.
 //
 // Bit for bit the reference: IEEE division, round half to even. A NaN stays one, so that a loss shows it.
-#include <algorithm>
+#include <type_traits>
 
 #include "../formula.h"
 #include "api.h"
@@ -51,9 +51,18 @@ float sum(Floats lanes) {
   return total;
 }
 
+// body(k, count) for the registers that a group of so many values takes: count is a constant but for the last one, which
+// may be part of a register.
+template <class Body>
+SLIDERQUANT_INLINE inline void for_registers(int64_t size, const Body& body) {
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) body(k, std::integral_constant<int64_t, kLanes>{});
+  if (k < size) body(k, size - k);
+}
+
 // The first count of a register's lanes, the others 0.
 template <class Vector, class Element>
-Vector load_some(const Element* from, int64_t count) {
+SLIDERQUANT_INLINE inline Vector load_some(const Element* from, int64_t count) {
   Vector value = {};
   memcpy(&value, from, count * sizeof(Element));
   return value;
@@ -65,14 +74,13 @@ void fake_quantize(const FakeQuantize& a, Parallel parallel) {
   for_groups(parallel, a.groups, a.size, [&](int64_t group) {
     const float scale = a.scale[group], zero = a.zero[group];
     const int64_t first = group * a.size;
-    for (int64_t k = 0; k < a.size; k += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, a.size - k);
+    for_registers(a.size, [&](int64_t k, auto count) SLIDERQUANT_INLINE {
       const auto weight = load_some<Floats>(a.weight + first + k, count);
       const Rounded rounded = round_weight(weight, scale, zero, static_cast<float>(a.max_code));
       const auto error = __builtin_convertvector(rounded.error, Shorts);
       memcpy(a.quantized + first + k, &rounded.value, count * sizeof(float));
       memcpy(a.error + first + k, &error, count * sizeof(int16_t));
-    }
+    });
   });
 }
 
@@ -80,8 +88,7 @@ void fake_quantize_backward(const FakeQuantizeBackward& a, Parallel parallel) {
   for_groups(parallel, a.groups, a.size, [&](int64_t group) {
     Floats above = {}, below = {}, along = {};
     const int64_t first = group * a.size;
-    for (int64_t k = 0; k < a.size; k += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, a.size - k);
+    for_registers(a.size, [&](int64_t k, auto count) SLIDERQUANT_INLINE {
       const auto grad = load_some<Floats>(a.grad + first + k, count);
       const Ints error = __builtin_convertvector(load_some<Shorts>(a.error + first + k, count), Ints);
       const Ints is_above = error < -kErrorOne / 2, is_below = error > kErrorOne / 2;
@@ -90,7 +97,7 @@ void fake_quantize_backward(const FakeQuantizeBackward& a, Parallel parallel) {
       below += is_below ? grad : Floats{};
       along += inside * __builtin_convertvector(error, Floats);
       memcpy(a.grad_weight + first + k, &inside, count * sizeof(float));
-    }
+    });
     a.sums[group] = sum(above);
     a.sums[a.groups + group] = sum(below);
     a.sums[2 * a.groups + group] = sum(along) / kErrorOne;
