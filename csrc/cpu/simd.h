@@ -47,6 +47,18 @@ SLIDERQUANT_INLINE inline void store(Element* to, const Vector& value) {
   memcpy(to, &value, sizeof value);
 }
 
+// kLanes bytes, one in each lane. The compiler left to convert them takes them one by one.
+SLIDERQUANT_INLINE inline Ints load_bytes(const uint8_t* from) {
+#if defined(SLIDERQUANT_X86) && SLIDERQUANT_LANES == 16
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(SLIDERQUANT_X86) && SLIDERQUANT_LANES == 8
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(load<Bytes>(from), Ints);
+#endif
+}
+
 // Whether one instruction multiplies bytes, with 16-bit sums; SSE2 has none.
 constexpr bool kMultipliesBytes = kLanes >= 8;
 
@@ -131,6 +143,25 @@ SLIDERQUANT_INLINE inline void load_period(const uint32_t* w, Words (&words)[Vec
   });
 }
 
+// float_to_bf16 of every lane.
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+SLIDERQUANT_INLINE inline Halves to_bf16(Floats value) {
+  const auto bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  const Words not_a_number = (bits >> 16) | 0x40;
+  return __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? not_a_number : rounded, Halves);
+}
+
+SLIDERQUANT_INLINE inline void store_floats(void* y, Float type, int64_t at, Floats value) {
+  if (type == Float::kBf16) {
+    store(static_cast<uint16_t*>(y) + at, to_bf16(value));
+  } else if (type == Float::kFp32) {
+    store(static_cast<float*>(y) + at, value);
+  } else {
+    for (int i = 0; i < kLanes; ++i) store_float(y, type, at + i, value[i]);
+  }
+}
+
 // What comes later on the way through a panel, of all of its channels: whoever visits the others next finds them near.
 template <int Bits>
 SLIDERQUANT_INLINE inline void prefetch_period(const uint32_t* w) {
@@ -144,27 +175,37 @@ struct GroupScale {
   Floats scale, zero;
 };
 
-SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  const int64_t at = g * a.n + n;
+// Where a panel has fewer channels than the register: `rows` from `at` on. Apart, so that what it writes piece by piece
+// into memory stays registers in the loops that rarely call it.
+[[gnu::noinline]] inline GroupScale load_scale_of(const Wna16& a, int64_t at, int64_t rows) {
   GroupScale s = {{}, splat(static_cast<float>(1 << (a.bits - 1)))};
-  if (n + kLanes <= a.n) {
-    s.scale = load<Floats>(a.scale + at);
-    if (a.zero != nullptr) s.zero = __builtin_convertvector(load<Bytes>(a.zero + at), Floats);
-  } else {
-    for (int64_t i = 0; n + i < a.n; ++i) {
-      s.scale[i] = a.scale[at + i];
-      if (a.zero != nullptr) s.zero[i] = a.zero[at + i];
-    }
+  for (int64_t i = 0; i < rows; ++i) {
+    s.scale[i] = a.scale[at + i];
+    if (a.zero != nullptr) s.zero[i] = a.zero[at + i];
   }
   return s;
 }
 
+SLIDERQUANT_INLINE inline GroupScale load_scale(const Wna16& a, int64_t g, int64_t n) {
+  const int64_t at = g * a.n + n;
+  if (n + kLanes > a.n) [[unlikely]] return load_scale_of(a, at, a.n - n);
+  return {load<Floats>(a.scale + at), a.zero == nullptr
+                                          ? splat(static_cast<float>(1 << (a.bits - 1)))
+                                          : __builtin_convertvector(load_bytes(a.zero + at), Floats)};
+}
+
 // Sums of a panel, with the bias, as y[m].
 SLIDERQUANT_INLINE inline void store_rows(const Wna16& a, int64_t m, int64_t n0, const float* sums) {
-  const int64_t rows = std::min<int64_t>(layout::kPanelRows, a.n - n0);
-  for (int64_t r = 0; r < rows; ++r) {
-    store_float(a.y, a.x_type, m * a.n + n0 + r, sums[r] + (a.bias != nullptr ? a.bias[n0 + r] : 0));
+  for (int64_t at = 0; at < layout::kPanelRows && n0 + at < a.n; at += kLanes) {
+    const int64_t n = n0 + at;
+    if (n + kLanes <= a.n) {
+      const Floats sum = load<Floats>(sums + at);
+      store_floats(a.y, a.x_type, m * a.n + n, a.bias != nullptr ? sum + load<Floats>(a.bias + n) : sum);
+    } else {
+      for (int64_t r = 0; n + r < a.n; ++r) {
+        store_float(a.y, a.x_type, m * a.n + n + r, sums[at + r] + (a.bias != nullptr ? a.bias[n + r] : 0));
+      }
+    }
   }
 }
 

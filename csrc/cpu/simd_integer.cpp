@@ -207,6 +207,28 @@ uint32_t pack_block(const IntegerGemm& a, int64_t begin, int64_t end, uint32_t* 
   return largest;
 }
 
+// From sums [m, kPanelRows] to the outputs of a register's channels: integer_output, lane by lane.
+void store_channels(const IntegerGemm& a, int64_t n, const uint32_t* sums) {
+  if (n + kLanes > a.n) {
+    for (int64_t m = 0; m < a.m; ++m) {
+      for (int64_t r = 0; n + r < a.n; ++r) {
+        store_float(a.y, a.y_type, m * a.n + n + r, integer_output(a, m, n + r, sums[m * kPanelRows + r]));
+      }
+    }
+    return;
+  }
+  const Words column = load<Words>(a.col_sum + n);
+  const Words zero = a.zw != nullptr ? reinterpret_cast<Words>(load_bytes(a.zw + n)) : splat(1u << (a.bits - 1));
+  const Floats scale = load<Floats>(a.sw + n);
+  for (int64_t m = 0; m < a.m; ++m) {
+    const auto token_zero = static_cast<uint32_t>(a.za[m]), token_sum = static_cast<uint32_t>(a.row_sum[m]);
+    const uint32_t per_zero = static_cast<uint32_t>(a.k) * token_zero - token_sum;
+    const Words bracket = load<Words>(sums + m * kPanelRows) - column * token_zero + zero * per_zero;
+    const Floats y = __builtin_convertvector(reinterpret_cast<Ints>(bracket), Floats) * (scale * splat(a.sa[m]));
+    store_floats(a.y, a.y_type, m * a.n + n, a.bias != nullptr ? y + load<Floats>(a.bias + n) : y);
+  }
+}
+
 // The panels given, for up to kSuperTokens tokens.
 template <bool kBytes>
 void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
@@ -234,12 +256,7 @@ void super_block(const IntegerGemm& a, Panels of, Parallel parallel) {
       } else {
         block_panel<kBytes>(a, x, panel, expanded, sums);
       }
-      const int64_t n0 = panel * kPanelRows, rows = std::min<int64_t>(kPanelRows, a.n - n0);
-      for (int64_t m = 0; m < a.m; ++m) {
-        for (int64_t r = 0; r < rows; ++r) {
-          store_float(a.y, a.y_type, m * a.n + n0 + r, integer_output(a, m, n0 + r, sums[m * kPanelRows + r]));
-        }
-      }
+      for (int64_t at = 0; at < kPanelRows; at += kLanes) store_channels(a, panel * kPanelRows + at, sums + at);
     }
   });
 }

@@ -13,7 +13,6 @@
 namespace sliderquant::cpu::SLIDERQUANT_RUNG {
 namespace {
 
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr int64_t kGrainValues = 16384;  // values that are worth a thread
@@ -126,14 +125,6 @@ void quantize_row(const Quantize& a, int64_t m, float* row) {
   a.scale[m] = grid.scale;
   a.zero[m] = static_cast<int32_t>(grid.zero);
   a.row_sum[m] = sum;
-}
-
-// float_to_bf16 of every lane.
-SLIDERQUANT_INLINE inline Halves to_bf16(Floats value) {
-  const auto bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  const Words not_a_number = (bits >> 16) | 0x40;
-  return __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? not_a_number : rounded, Halves);
 }
 
 // Each lane rounded to 16 bits.

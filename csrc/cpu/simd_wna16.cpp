@@ -246,7 +246,7 @@ void super_block(const Wna16& a, Panels of, Parallel parallel) {
 
 void wna16(const Wna16& a, Panels of, Parallel parallel) {
   if constexpr (kMultipliesBytes) {
-    if (a.m == 1 && a.bits <= 3 && fixed_point_wna16(a, of, parallel)) return;
+    if (a.m <= 2 && a.bits <= 4 && fixed_point_wna16(a, of, parallel)) return;
   }
   for_super_tokens(a, [&](const Wna16& part) { super_block(part, of, parallel); });
 }
