@@ -239,8 +239,6 @@ def _version(package: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for anything a person can mend, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Read when torch is imported: tensors of some megabytes come and go by the thousand, huge pages come faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # As an exception a termination request unwinds through the clean-up of half-written output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

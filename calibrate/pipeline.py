@@ -23,7 +23,6 @@ from calibrate.start import start_block
 from calibrate.store import State, Store
 from calibrate.windows import Window
 
-
 # What the initial values of a block cost, in steps of it over all samples.
 START_PASSES = 2
 

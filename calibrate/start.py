@@ -31,6 +31,7 @@ from sliderquant_vllm.format import WeightScheme
 
 ADDED_ROWS = 512  # of a second moment, at a time
 SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
+SEARCHED = 1 << 18  # weights at a time: what is computed of them stays in a core's cache
 
 
 @dataclass(slots=True)
@@ -219,6 +220,11 @@ def search_bounds(
     Returns:
         fp32 [2, N, G].
     """
+    rows = len(weight) if weight.is_cuda else max(SEARCHED // weight.shape[1], 1)
+    return torch.cat([_search_bounds(part, importance, scheme, shrinks) for part in weight.split(rows)], 1)
+
+
+def _search_bounds(weight: Tensor, importance: Tensor, scheme: WeightScheme, shrinks: Sequence[float]) -> Tensor:
     whole = weight_bounds(weight, scheme)
     best, least = whole.clone(), torch.full_like(whole[0], torch.inf)
     grouped, importance = (each.unflatten(-1, (whole.shape[2], -1)) for each in (weight, importance))

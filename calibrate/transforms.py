@@ -42,7 +42,7 @@ def cosine_matrix(size: int) -> Tensor:
 
 
 OUTLIER = 4.0  # times the median balance of a pair's channels
-CHUNK = 1 << 22  # values that are rotated at a time: float64 copies of a whole embedding would not fit
+CHUNK = 1 << 18  # values that are rotated at a time: their float64 copies stay in a core's cache
 
 
 @dataclass(frozen=True, eq=False)

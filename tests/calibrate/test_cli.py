@@ -203,3 +203,22 @@ def test_a_stopped_run_leaves_nothing_half_written(tmp_path, text_file, how):
     run.communicate(timeout=60)
     assert run.returncode == 128 + how
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_the_command_asks_for_huge_pages_before_torch_is_imported():
+    """Torch reads it while it is imported."""
+    code = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("torch finds", os.environ.get("THP_MEM_ALLOC_ENABLE"))
+
+sys.meta_path.insert(0, Watch)
+sys.argv = ["calibrate", "--version"]
+runpy.run_module("calibrate", run_name="__main__", alter_sys=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    assert "torch finds 1" in output

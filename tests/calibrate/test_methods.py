@@ -107,6 +107,14 @@ def test_searched_bounds_are_no_worse_in_any_row_or_group(scheme):
     assert (searched <= whole).all() and searched.sum() < 0.95 * whole.sum()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_searched_bounds_do_not_depend_on_how_many_rows_are_searched_at_a_time(scheme, monkeypatch):
+    weight, importance = torch.randn(16, 128) ** 3, torch.rand(128)
+    at_once = search_bounds(weight, importance, scheme)
+    monkeypatch.setattr("calibrate.start.SEARCHED", 3 * 128)
+    assert torch.equal(search_bounds(weight, importance, scheme), at_once)
+
+
 def test_awq_protects_channels_with_large_inputs():
     scheme, weight = WeightScheme(3), torch.randn(32, 64)
     moment = torch.diag(torch.logspace(-2, 2, 64))
