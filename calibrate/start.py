@@ -17,6 +17,7 @@ from torch import Tensor
 from calibrate import parallel, products
 from calibrate.activations import Activations
 from calibrate.blocks import CalibrationBlock
+from calibrate.errors import UserError
 from calibrate.experts import counting, support_starved, warn_starved
 from calibrate.layouts import Site
 from calibrate.methods.awq import awq_scale
@@ -74,7 +75,11 @@ class _Collected(Exception):
 def collect(
     block: CalibrationBlock, paths: list[str], inputs: Activations, position_embeddings: tuple
 ) -> dict[str, InputStatistics]:
-    """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples."""
+    """Linear -> statistics of its input, behind the online Hadamard if it has one, in one pass over the samples.
+
+    Raises:
+        UserError: an input is not finite.
+    """
     found = {path: InputStatistics.of(block.linears[path]) for path in paths}
 
     missing: set[str] = set()
@@ -93,8 +98,13 @@ def collect(
                 block(batch, position_embeddings)
     for each in hooks:
         each.remove()
-    for statistics in found.values():
+    for path, statistics in found.items():
         statistics.add_up()
+        if not torch.isfinite(statistics.moment).all():
+            raise UserError(
+                f"{block.name}.{path}: its inputs are not finite; check that the 16-bit model has a finite perplexity on "
+                "the calibration text"
+            )
     if block.experts is not None:
         parallel.add_up(block.experts.tokens)
     return found

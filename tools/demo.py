@@ -5,17 +5,14 @@ source of the running interpreter's standard library, different files for calibr
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -24,6 +21,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.common import library_texts
+from tools.server import ServerError, served
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WINDOW = 256
@@ -48,66 +46,6 @@ def calibrate(flags: list[str], text: Path, output: Path, epochs: int) -> None:
     result = subprocess.run([sys.executable, *command, "--output-dir", str(output), "--overwrite"])
     if result.returncode:
         raise DemoError(f"calibration failed with exit code {result.returncode}: {shown}")
-
-
-@contextlib.contextmanager
-def served(model: Path, flags: list[str], log: Path) -> Iterator[openai.OpenAI]:
-    """A client of `vllm serve MODEL`; the server and all its children are gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
-    # The model is named as in the quick start, from the folder that it lies in.
-    command = [str(vllm), "serve", f"./{model.name}", *flags, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", str(2 * WINDOW), "--max-num-seqs", str(STREAMS), "--served-model-name", "demo"]
-    console.print(f"[bold]$ vllm {' '.join(command[1 : 3 + len(flags)])}[/bold]")
-    with log.open("w") as sink:
-        server = subprocess.Popen(
-            command,
-            cwd=model.parent,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ,
-        )
-        try:
-            # A proxy of the environment does not know the server on this machine.
-            direct = openai.DefaultHttpxClient(trust_env=False)
-            url = f"http://127.0.0.1:{port}/v1"
-            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=direct)
-            _wait_until_ready(server, client, log)
-            yield client
-        finally:
-            _stop(server)
-
-
-def _wait_until_ready(server: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
-        try:
-            client.models.list(timeout=5)
-            return
-        except openai.APIConnectionError:
-            time.sleep(0.25)
-    what = f"did not start within {START_TIMEOUT} s" if server.poll() is None else f"ended ({server.returncode})"
-    last = [line for line in log.read_text().splitlines() if "Error" in line][-1:] or ["no error in its log"]
-    raise DemoError(f"the server {what}: {last[0].strip()}; its log is {log}")
-
-
-def _stop(server: subprocess.Popen) -> None:
-    """End the server and its children: politely, then, whatever happens meanwhile, the whole process group."""
-    try:
-        if server.poll() is None:
-            server.terminate()
-            server.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def perplexity(client: openai.OpenAI, windows: list[list[int]]) -> float:
@@ -144,7 +82,12 @@ def tokens_per_second(client: openai.OpenAI) -> float:
 
 
 def measure(model: Path, flags: list[str], windows: list[list[int]], log: Path) -> dict:
-    with served(model, flags, log) as client:
+    # The model is named as in the quick start, from the folder that it lies in.
+    shown = ["serve", f"./{model.name}", *flags]
+    console.print(f"[bold]$ vllm {' '.join(shown)}[/bold]")
+    limits = ["--max-model-len", str(2 * WINDOW), "--max-num-seqs", str(STREAMS), "--served-model-name", "demo"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+    with served([*shown, *limits], log, START_TIMEOUT, environment, cwd=model.parent) as client:
         answer = client.completions.create(model="demo", prompt=PROMPT, max_tokens=40, temperature=0)
         return {
             "answer": answer.choices[0].text,
@@ -262,7 +205,7 @@ def main() -> int:
             arguments.eval_tokens,
             arguments.int8_activations,
         )
-    except (DemoError, openai.APIError) as error:
+    except (DemoError, ServerError, openai.APIError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calibrate.errors import UserError
 from calibrate.quantizer import weight_grid
 from sliderquant_vllm.format import LinearScheme, WeightScheme
 
@@ -35,15 +34,10 @@ class Factor(NamedTuple):
 
 
 def factorize(second_moment: Tensor) -> Factor:
-    """Factor of E[x x^T] [K, K], up to a positive factor.
+    """Factor of E[x x^T] [K, K], finite, up to a positive factor.
 
     Damping grows until the matrix is positive definite; inputs that are always 0 do not take part.
-
-    Raises:
-        UserError: the inputs were not finite.
     """
-    if not torch.isfinite(second_moment).all():
-        raise UserError("inputs of linears are not finite behind the blocks before; evaluate the 16-bit model first")
     order = second_moment.diagonal().argsort(descending=True, stable=True)
     # Backwards: the lower factor of that is the inverse of the upper factor that is asked for, read backwards too.
     backwards = order.flip(0)

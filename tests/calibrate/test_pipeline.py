@@ -13,6 +13,7 @@ from calibrate.methods import compose
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated, Pass, _Sweep, calibrate, passes
 from calibrate.recipe import Recipe
+from calibrate.start import start_block
 from calibrate.store import Store
 from calibrate.windows import Window
 from sliderquant_vllm.checkpoint import validate_checkpoint
@@ -101,6 +102,16 @@ def test_the_same_recipe_gives_the_same_bytes(random_model):
         assert all(torch.equal(value, runs[1].states[index][name]) for name, value in state.items())
     other = calibrate(Model(random_model, small_recipe(seed=1), CPU), samples, Losses())
     assert not torch.equal(other.states[0]["layer.mlp.up_proj.lora_b"], runs[0].states[0]["layer.mlp.up_proj.lora_b"])
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name(random_model):
+    recipe = small_recipe(range_start="search")
+    model = Model(random_model, recipe, CPU)
+    block = model.block(1)
+    block.norms["post_attention_layernorm"].norm.weight.fill_(torch.inf)
+    sweep = _Sweep(model, Store(), torch.randint(0, 96, (4, 32)), Place(CPU))
+    with pytest.raises(UserError, match="model.layers.1.mlp.gate_proj: its inputs are not finite; check"):
+        start_block(block, sweep.inputs, sweep.targets, sweep.share, sweep.position_embeddings, recipe)
 
 
 @torch.no_grad()

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,40 +13,18 @@ from sliderquant_vllm.format import ActivationScheme, OnlineHadamard, Override, 
 from tests.helpers import TINY_LLAMA, write_rtn_checkpoint
 from tests.serving.engine import Score, assert_same, score, windows
 
+pytest.importorskip("openai")
+from tools import server
+
 START_SECONDS = 600  # compiling takes minutes where two busy cores have to do it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_KERNELS = f"no native {DEVICE.upper()} kernels"
 
 
-@contextlib.contextmanager
-def served(model: Path, env: dict[str, str], log: Path, *flags: str):
-    """An openai client of a server; its output goes to ``log``."""
-    openai = pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    command += ["--port", str(port), "--max-model-len", "256", "--dtype", "float16", *flags]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env={**os.environ, **env}, stdout=output, stderr=output)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while True:
-                assert server.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < deadline, log.read_text()[-4000:]
-                with contextlib.suppress(openai.APIError):
-                    client.models.list()
-                    break
-                time.sleep(0.5)
-            yield client
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+def asked(model: Path, env: dict[str, str], log: Path, *flags: str):
+    """An openai client of a server of this model."""
+    arguments = ["serve", str(model), "--max-model-len", "256", "--dtype", "float16", *flags]
+    return server.served(arguments, log, START_SECONDS, {**os.environ, **env})
 
 
 def served_logprobs(client, model: Path) -> Score:
@@ -97,13 +70,13 @@ def expected(in_engine, quantized) -> Score:
 def test_named_method_eager_without_native_kernels(engine_env, quantized, expected, tmp_path):
     env = {**engine_env, "SLIDERQUANT_NATIVE": "0"}
     log = tmp_path / "log"
-    with served(quantized, env, log, "--quantization", "sliderquant", "--enforce-eager") as client:
+    with asked(quantized, env, log, "--quantization", "sliderquant", "--enforce-eager") as client:
         assert_same(served_logprobs(client, quantized), expected)
     assert log.read_text().count(NO_KERNELS) == 1
 
 
 def test_unnamed_method_compiled(engine_env, quantized, expected, tmp_path):
     log = tmp_path / "log"
-    with served(quantized, engine_env, log) as client:
+    with asked(quantized, engine_env, log) as client:
         assert_same(served_logprobs(client, quantized), expected)
     assert (NO_KERNELS not in log.read_text()) == ops.is_native(DEVICE)
