@@ -102,8 +102,8 @@ def collect(
         statistics.add_up()
         if not torch.isfinite(statistics.moment).all():
             raise UserError(
-                f"{block.name}.{path}: its inputs are not finite; check that the 16-bit model has a finite perplexity on "
-                "the calibration text"
+                f"{block.name}.{path}: its inputs are not finite; check that the 16-bit model has a finite perplexity "
+                "on the calibration text"
             )
     if block.experts is not None:
         parallel.add_up(block.experts.tokens)
