@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate import end_to_end, reconstruct, store
+from calibrate import end_to_end, pipeline, reconstruct, store
 from calibrate.cli import main
 from calibrate.store import differences
 from sliderquant_vllm.checkpoint import validate_checkpoint
@@ -156,6 +156,18 @@ def test_the_last_steps_lose_nothing(tmp_path, command, capfd, name, function):
         assert "exists already" in capfd.readouterr().err
     validate_checkpoint(output, data=True)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_bits_are_kept_as_soon_as_they_are_chosen(tmp_path, command):
+    output = tmp_path / "out"
+    argv = [*command, str(output), *RUNS["chosen bits"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline._Sweep, "advance", die)
+        assert in_child(argv) == -signal.SIGKILL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "sensitivities", die)  # they are not measured again
+        assert in_child(argv) == 0
+    validate_checkpoint(output, data=True)
 
 
 def test_a_leftover_of_a_finished_run_is_not_what_a_new_one_goes_on_from(tmp_path):
