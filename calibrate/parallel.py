@@ -116,6 +116,11 @@ class Share:
         self.numbers = (ranks_of(samples, batch_size) == rank()).nonzero().flatten()
         self._local = torch.full((samples,), -1).index_copy_(0, self.numbers, torch.arange(len(self.numbers)))
 
+    @property
+    def batches(self) -> int:
+        """Of one pass over the samples of all ranks."""
+        return -(-self.samples // self.batch_size)
+
     def shuffled(self, generator: torch.Generator) -> list[tuple[list[int], int]]:
         """All samples once, in batches: indices among this rank's samples, and how many samples all ranks have.
 

@@ -146,8 +146,7 @@ class _Sweep:
             block, state = self.model.block(index), self.store.state(index)
             starts = state is None and self.model.recipe.needs_start
             if starts:
-                batches = -(-self.share.samples // self.share.batch_size)
-                progress.phase(f"starting values of block {index}", 1, START_PASSES * batches)
+                progress.phase(f"starting values of block {index}", 1, START_PASSES * self.share.batches)
                 if entry is None:
                     entry = self.inputs.clone() if self.blocks else self.inputs
                     for before in self.blocks:

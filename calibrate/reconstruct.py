@@ -86,8 +86,7 @@ def _optimise(
     blocks, inputs, targets, share, position_embeddings, recipe, ratio, epochs, seed, factor, on_step
 ) -> WindowResult | None:
     optimizer = torch.optim.AdamW(parameter_groups(blocks, recipe, factor), weight_decay=0.0, fused=True)
-    batches = -(-share.samples // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / (epochs * batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / (epochs * share.batches))
     generator = torch.Generator().manual_seed(seed)
     epoch_losses = []
     for _ in range(epochs):

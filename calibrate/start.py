@@ -100,7 +100,7 @@ def collect(
         each.remove()
     for path, statistics in found.items():
         statistics.add_up()
-        if not torch.isfinite(statistics.moment).all():
+        if not torch.isfinite(statistics.moment.diagonal()).all():
             raise UserError(
                 f"{block.name}.{path}: its inputs are not finite; check that the 16-bit model has a finite perplexity "
                 "on the calibration text"

@@ -51,8 +51,8 @@ float sum(Floats lanes) {
   return total;
 }
 
-// body(k, count) for the registers that a group of so many values takes: count is a constant but for the last one, which
-// may be part of a register.
+// body(k, count) for the registers that a group of so many values takes: count is a constant but for the last one,
+// which may be part of a register.
 template <class Body>
 SLIDERQUANT_INLINE inline void for_registers(int64_t size, const Body& body) {
   int64_t k = 0;

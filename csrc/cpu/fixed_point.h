@@ -87,7 +87,7 @@ struct Order {
   }
 SLIDERQUANT_FIXED_POINT(portable)  // not defined: it has no products of bytes
 SLIDERQUANT_FIXED_POINT(avx2)      // 2 to 4 bits, one or two tokens
-SLIDERQUANT_FIXED_POINT(avx512f)   // likewise; asked for 2 or 3 bits of one token
+SLIDERQUANT_FIXED_POINT(avx512f)   // 2 or 3 bits, one token
 SLIDERQUANT_FIXED_POINT(avx512)    // any width, up to kFixedPointTokens
 #undef SLIDERQUANT_FIXED_POINT
 

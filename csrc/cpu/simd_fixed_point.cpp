@@ -1,5 +1,5 @@
-// W*A16 of 2, 3 and 4 bits for one or two tokens, in integers, for instruction sets that multiply bytes but have no file
-// of their own: making fp32 of every code takes longer than reading it. With more tokens to share it, it does not.
+// W*A16 of up to kFixedBits for up to kFixedTokens, in integers, for instruction sets that multiply bytes but have no
+// file of their own: making fp32 of every code takes longer than reading it. With more tokens to share it, it does not.
 // fixed_point.h says what becomes of x.
 //
 // Index names: n output channel, panel 32 of them, v one register of a tile, m token, k input channel, q four k of a
@@ -108,8 +108,8 @@ SLIDERQUANT_INLINE inline void add_products(const uint32_t*& w, const int8_t*& d
   } while ((codes -= layout::period_codes(Bits)) > 0);
 }
 
-// sums [Tokens, kPanelRows]. Where a block takes several sums of 16 bits, wide [Tokens, kDigits, kTileRows] adds them up;
-// variables would take registers from them.
+// sums [Tokens, kPanelRows]. Where a block takes several sums of 16 bits, wide [Tokens, kDigits, kTileRows] adds them
+// up; variables would take registers from them.
 template <int Bits, int Tokens>
 void fixed_point_panel(const Wna16& a, const Activations& x, int64_t panel, uint32_t* wide, float* sums) {
   constexpr int kRows = Tokens * kDigits;
@@ -175,7 +175,7 @@ bool run(const Wna16& a, const Activations& x, Panels of, Parallel parallel) {
     thread_local Scratch scratch;
     auto* sums = scratch.get<float>(a.m * (kPanelRows + kDigits * kTileRows));
     auto* wide = reinterpret_cast<uint32_t*>(sums + a.m * kPanelRows);
-    const auto panel_of = a.m == 1 ? fixed_point_panel<Bits, 1> : fixed_point_panel<Bits, 2>;
+    const auto panel_of = a.m == 1 ? fixed_point_panel<Bits, 1> : fixed_point_panel<Bits, kFixedTokens>;
     for (int64_t panel = of.begin + begin; panel < of.begin + end; ++panel) {
       panel_of(a, x, panel, wide, sums);
       for (int64_t m = 0; m < a.m; ++m) store_rows(a, m, panel * kPanelRows, sums + m * kPanelRows);
@@ -194,7 +194,7 @@ bool fixed_point_wna16(const Wna16& a, Panels of, Parallel parallel) {
   switch (a.bits) {
     case 2: return run<2>(a, x, of, parallel);
     case 3: return run<3>(a, x, of, parallel);
-    default: return run<4>(a, x, of, parallel);
+    default: return run<kFixedBits>(a, x, of, parallel);
   }
 }
 

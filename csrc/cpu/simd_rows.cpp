@@ -167,13 +167,7 @@ SLIDERQUANT_INLINE inline Floats silu(Floats x) {
 
 void store_row(const float* row, Float type, int64_t at, int64_t count, void* y) {
   int64_t k = 0;
-  if (type == Float::kBf16) {
-    auto* to = static_cast<uint16_t*>(y) + at;
-    for (; k + kLanes <= count; k += kLanes) store(to + k, to_bf16(load<Floats>(row + k)));
-  } else if (type == Float::kFp32) {
-    std::copy(row, row + count, static_cast<float*>(y) + at);
-    return;
-  }
+  for (; k + kLanes <= count; k += kLanes) store_floats(y, type, at + k, load<Floats>(row + k));
   for (; k < count; ++k) store_float(y, type, at + k, row[k]);
 }
 

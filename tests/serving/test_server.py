@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,10 +22,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_KERNELS = f"no native {DEVICE.upper()} kernels"
 
 
+@contextlib.contextmanager
 def asked(model: Path, env: dict[str, str], log: Path, *flags: str):
-    """An openai client of a server of this model."""
+    """An openai client of a server of this model. Where that does not start, what it printed last is shown."""
     arguments = ["serve", str(model), "--max-model-len", "256", "--dtype", "float16", *flags]
-    return server.served(arguments, log, START_SECONDS, {**os.environ, **env})
+    try:
+        with server.served(arguments, log, START_SECONDS, {**os.environ, **env}) as client:
+            yield client
+    except server.ServerError:
+        print(log.read_text()[-4000:])
+        raise
 
 
 def served_logprobs(client, model: Path) -> Score:
