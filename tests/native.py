@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def check_close(
     bound = half_ulp * exact.abs() + (1e-6 + of_weights) * magnitude + 2**-24
     assert y.dtype == dtype and y.shape == exact.shape, case
     assert torch.all((y.double() - exact).abs() <= bound), (case, relative_error(y, exact))
-    if y.numel() > 500 and dtype == torch.bfloat16:
-        # Evenly spread rounding errors of results just above a power of two: 2^-8 / sqrt(3).
-        assert relative_error(y, exact) < (3e-3 if of_weights else 2.3e-3), case
+    # Together no worse than rounding the exact results once, fp32 sums having moved them a little before. A fixed figure
+    # would not do: where one result outweighs all others, its own rounding is the whole error.
+    rounded = math.hypot(relative_error(exact.to(dtype), exact), 2.5e-3 if of_weights else 0.0)
+    cancelled = float(torch.linalg.vector_norm(magnitude) / torch.linalg.vector_norm(exact).clamp_min(1e-300))
+    assert relative_error(y, exact) <= rounded + 2e-6 * cancelled, case
