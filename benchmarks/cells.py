@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import calibrate  # noqa: F401 - before torch, as the command does, which is what cells measure
 from benchmarks.common import library_texts
 from calibrate.errors import UserError
 from sliderquant_vllm.format import FormatError
@@ -162,15 +163,17 @@ def measure(argv: Sequence[str], progress, texts: Texts | None = None, write: bo
     """
     import torch
 
+    from calibrate import pipeline
     from calibrate.cli import check_output, device_named, recipe_from
     from calibrate.data import calibration_samples, token_stream
     from calibrate.data import fingerprint as samples_fingerprint
     from calibrate.evaluate import compare
     from calibrate.export import export
     from calibrate.hub import resolve_model
+    from calibrate.memory import return_freed_memory
     from calibrate.model import Model
-    from calibrate.pipeline import calibrate
 
+    return_freed_memory()
     arguments = _parsed(argv)
     recipe = recipe_from(arguments)
     if write:
@@ -186,7 +189,7 @@ def measure(argv: Sequence[str], progress, texts: Texts | None = None, write: bo
         streams = texts(model.tokenizer)
     cpu, wall = time.process_time(), time.perf_counter()
     try:
-        calibrated = calibrate(model, samples, progress)
+        calibrated = pipeline.calibrate(model, samples, progress)
         seconds = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
         quality = {
             name: compare(

@@ -83,8 +83,8 @@ def check_close(
     bound = half_ulp * exact.abs() + (1e-6 + of_weights) * magnitude + 2**-24
     assert y.dtype == dtype and y.shape == exact.shape, case
     assert torch.all((y.double() - exact).abs() <= bound), (case, relative_error(y, exact))
-    # Together no worse than rounding the exact results once, fp32 sums having moved them a little before. A fixed figure
-    # would not do: where one result outweighs all others, its own rounding is the whole error.
+    # Together no worse than rounding the exact results once, fp32 sums having moved them a little before. A fixed
+    # figure would not do: where one result outweighs all others, its own rounding is the whole error.
     rounded = math.hypot(relative_error(exact.to(dtype), exact), 2.5e-3 if of_weights else 0.0)
     cancelled = float(torch.linalg.vector_norm(magnitude) / torch.linalg.vector_norm(exact).clamp_min(1e-300))
     assert relative_error(y, exact) <= rounded + 2e-6 * cancelled, case

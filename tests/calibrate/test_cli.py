@@ -205,8 +205,9 @@ def test_a_stopped_run_leaves_nothing_half_written(tmp_path, text_file, how):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_the_command_asks_for_huge_pages_before_torch_is_imported():
-    """Torch reads it while it is imported."""
+@pytest.mark.parametrize("module", ["calibrate", "benchmarks.calibration", "benchmarks.quality"])
+def test_huge_pages_are_asked_for_before_torch_is_imported(module):
+    """Torch reads it while it is imported; benchmarks measure what the command does."""
     code = """
 import os, runpy, sys
 
@@ -215,10 +216,15 @@ class Watch:
         if name == "torch":
             print("torch finds", os.environ.get("THP_MEM_ALLOC_ENABLE"))
 
+module = sys.argv[1]
 sys.meta_path.insert(0, Watch)
-sys.argv = ["calibrate", "--version"]
-runpy.run_module("calibrate", run_name="__main__", alter_sys=True)
+sys.argv = [module, "--help"]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    import torch
 """
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
-    assert "torch finds 1" in output
+    command = [sys.executable, "-c", code, module]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert "torch finds 1" in output and "torch finds None" not in output
