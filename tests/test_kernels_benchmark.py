@@ -67,7 +67,8 @@ def test_a_thread_multiplies_bytes_faster():
     if ops.host().isa() not in ("amx", "avx512", "avx2"):
         assert peaks(1) == {}
         return
-    one = peaks(1)
-    assert one["int8_gop_per_s"] > 1.2 * one["bf16_gop_per_s"] > 0
+    tries = [peaks(1) for _ in range(5)]  # neighbours may slow one of the two down
+    int8, bf16 = (max(one[f"{kind}_gop_per_s"] for one in tries) for kind in ("int8", "bf16"))
+    assert int8 > 1.2 * bf16 > 0
     with pytest.raises(ValueError, match="expected bf16 or int8"):
         ops.host().peak("fp64", 0.01)
