@@ -5,11 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
+from huggingface_hub import metadata_load
+
 from calibrate.experts import token_table
 from calibrate.hub import hub_id
 from calibrate.model import Model
 from calibrate.pipeline import Calibrated
 from sliderquant_vllm.format import LinearScheme
+
+PASSED_ON = ("license", "license_name", "license_link", "language")  # of the parent's card
+
+
+def of_parent(directory: Path) -> str:
+    """Front matter that holds for what is made of a model too, as its own card says it; none where that is no YAML."""
+    card = directory / "README.md"
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        metadata = None
+    return "".join(f"{key}: {json.dumps(metadata[key])}\n" for key in PASSED_ON if key in (metadata or {}))
 
 
 def model_card(model: Model, calibrated: Calibrated, calibration: dict) -> str:
@@ -56,7 +71,7 @@ calibration{cache}: 16-bit {perplexity["16-bit"]:.4f}, quantized {perplexity["qu
     )
     return f"""---
 library_name: vllm
-{base}tags:
+{base}{of_parent(model.directory)}tags:
 - sliderquant
 - quantized
 ---
