@@ -85,9 +85,11 @@ def profiled(argv: list[str]) -> dict[str, float]:
     from calibrate.cli import parse_arguments, recipe_from
     from calibrate.data import calibration_samples
     from calibrate.hub import resolve_model
+    from calibrate.memory import return_freed_memory
     from calibrate.model import Model
     from calibrate.pipeline import calibrate
 
+    return_freed_memory()
     arguments = parse_arguments(argv)
     recipe = recipe_from(arguments)
     model = Model(resolve_model(arguments.model), recipe, torch.device("cpu"))

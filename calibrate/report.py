@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -19,12 +20,11 @@ PASSED_ON = ("license", "license_name", "license_link", "language")  # of the pa
 
 def of_parent(directory: Path) -> str:
     """Front matter that holds for what is made of a model too, as its own card says it; none where that is no YAML."""
-    card = directory / "README.md"
-    try:
-        metadata = metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError):
-        metadata = None
-    return "".join(f"{key}: {json.dumps(metadata[key])}\n" for key in PASSED_ON if key in (metadata or {}))
+    metadata = {}
+    with suppress(FileNotFoundError, ValueError, yaml.YAMLError):
+        metadata = metadata_load(directory / "README.md") or {}
+    # YAML has dates, JSON has none.
+    return "".join(f"{key}: {json.dumps(metadata[key], default=str)}\n" for key in PASSED_ON if key in metadata)
 
 
 def model_card(model: Model, calibrated: Calibrated, calibration: dict) -> str:
